@@ -1,0 +1,325 @@
+"""The one module that knows fsspec: any of its stores, with its errors translated once, here."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+from taskckpt._operation import Stop, ordered_map, with_retries
+from taskckpt._store import CHUNK_BYTES, S3_PROTOCOLS, Listing, Location, Store
+from taskckpt.errors import (
+    AlreadyExistsError,
+    DeniedError,
+    MissingDependencyError,
+    NotFoundError,
+    StorageFullError,
+    TaskckptError,
+    TaskckptWarning,
+    UnavailableError,
+    UsageError,
+)
+
+T = TypeVar("T")
+
+# fsspec has no type information, and its file systems differ in what they offer.
+FileSystem: TypeAlias = Any
+
+# Ranged reads under way at once while an object is streamed.
+READ_THREADS = 4
+
+# Protocols whose first path component is a bucket: it must exist, it is never created here.
+BUCKET_PROTOCOLS = (*S3_PROTOCOLS, "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "r2")
+
+_EXTRAS = {"s3": "taskckpt[s3]", "s3a": "taskckpt[s3]"}
+_PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
+
+
+def open_remote(location: Location, storage_options: dict[str, Any], timeout_s: float) -> Store:
+    """The store of a protocol other than the local disk's."""
+    if storage_options.get("asynchronous"):
+        raise UsageError(
+            "storage_options has asynchronous=True.",
+            uri=location.uri,
+            hint="Leave it out: taskckpt calls the store from threads of its own.",
+        )
+    if location.protocol in S3_PROTOCOLS:
+        from taskckpt._s3 import S3Store
+
+        return S3Store(location, storage_options, timeout_s)
+    if location.protocol == "memory":
+        return MemoryStore(location, storage_options, timeout_s)
+    require_known(location)
+    return FsspecStore(location, storage_options, timeout_s)
+
+
+def require_known(location: Location) -> None:
+    """Raises UsageError unless fsspec knows the protocol; never falls back to the local disk."""
+    import fsspec
+
+    known = fsspec.available_protocols()
+    if location.protocol not in known:
+        near = difflib.get_close_matches(location.protocol, known, n=3)
+        raise UsageError(
+            f"Unknown protocol {location.protocol!r}.",
+            uri=location.uri,
+            hint=f"Did you mean {', '.join(near)}?" if near else "fsspec.available_protocols() lists those there are.",
+        )
+
+
+def new_filesystem(location: Location, options: dict[str, Any]) -> FileSystem:
+    """A file system of our own: not shared with the user's, and without a cache of listings."""
+    import fsspec
+
+    try:
+        make = fsspec.get_filesystem_class(location.protocol)
+    except ImportError as error:
+        package = _EXTRAS.get(location.protocol) or _PACKAGES.get(location.protocol)
+        raise MissingDependencyError(
+            f"The package for {location.protocol}:// is not installed: {error}.",
+            uri=location.uri,
+            hint=f"pip install '{package}'" if package else str(error),
+        ) from error
+    try:
+        return make(**{"skip_instance_cache": True, "use_listings_cache": False, **options})
+    except TypeError as error:
+        raise UsageError(f"storage_options do not fit {location.protocol}://: {error}.", uri=location.uri) from error
+
+
+class FsspecStore:
+    """See ``_store.Store``. Works on any fsspec file system through its synchronous verbs."""
+
+    exclusive = False
+
+    def __init__(self, location: Location, storage_options: dict[str, Any], timeout_s: float) -> None:
+        self.uri = location.uri
+        self._location = location
+        self._options = storage_options
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._filesystem: FileSystem | None = None
+        self._pid = os.getpid()
+
+    @property
+    def fs(self) -> FileSystem:
+        """Made at first use, and anew in a forked child (an inherited one would hang or raise)."""
+        if self._pid != os.getpid():
+            self._lock, self._filesystem, self._pid = threading.Lock(), None, os.getpid()
+        with self._lock:
+            if self._filesystem is None:
+                self._filesystem = self._connect()
+            return self._filesystem
+
+    def _connect(self) -> FileSystem:
+        return new_filesystem(self._location, self._options)
+
+    def _path(self, key: str) -> str:
+        return f"{self._location.path}/{key}" if key else self._location.path
+
+    def _call(self, key: str, request: Callable[[], T], stop: Stop | None = None) -> T:
+        """One request: with its errors translated, and passing ones tried again."""
+        uri = f"{self.uri}/{key}" if key else self.uri
+
+        def translated_request() -> T:
+            try:
+                return request()
+            except TaskckptError:
+                raise
+            except Exception as error:  # whatever the clients below raise, it leaves here as one of ours
+                raise translated(error, uri) from error
+
+        return with_retries(translated_request, timeout_s=self._timeout_s, stop=stop)
+
+    # --- reading -------------------------------------------------------------------------------
+
+    def list_below(self, folder: str, *, first_page: bool = False) -> Listing:  # noqa: ARG002 - fsspec lists all pages
+        root = self._path(folder)
+
+        def request() -> Listing:
+            self.fs.invalidate_cache()
+            found = self.fs.find(root, detail=True)
+            start = len(self.fs._strip_protocol(root)) + 1  # noqa: SLF001 - how find() spells what it found
+            return Listing({name[start:]: int(info.get("size") or 0) for name, info in found.items() if name[start:]})
+
+        listing = self._call(folder, request)
+        if not listing.sizes:
+            self._call(folder, self._require_bucket)
+        return listing
+
+    def _require_bucket(self) -> None:
+        if self._location.protocol in BUCKET_PROTOCOLS:
+            bucket = self._location.path.strip("/").split("/")[0]
+            self.fs.ls(bucket, detail=False)  # FileNotFoundError if there is no such bucket
+
+    def read(self, key: str) -> bytes:
+        return self._call(key, lambda: bytes(self.fs.cat_file(self._path(key))))
+
+    def size(self, key: str) -> int | None:
+        def request() -> int | None:
+            self.fs.invalidate_cache()
+            try:
+                info = self.fs.info(self._path(key))
+            except FileNotFoundError:
+                return None
+            return int(info["size"]) if info.get("type") == "file" else None
+
+        return self._call(key, request)
+
+    def stream(self, key: str, size_bytes: int, stop: Stop) -> Iterator[bytes]:
+        ranges = ((start, min(start + CHUNK_BYTES, size_bytes)) for start in range(0, size_bytes, CHUNK_BYTES))
+        return ordered_map(lambda span: self._read_range(key, *span, stop), ranges, threads=READ_THREADS)
+
+    def _read_range(self, key: str, start: int, end: int, stop: Stop) -> bytes:
+        def request() -> bytes:
+            data = bytes(self.fs.cat_file(self._path(key), start=start, end=end))
+            if len(data) > end - start:
+                raise UnavailableError(f"Asked for {end - start} bytes, got {len(data)}.", uri=f"{self.uri}/{key}")
+            return data
+
+        return self._call(key, request, stop)
+
+    # --- writing -------------------------------------------------------------------------------
+
+    def create(self, key: str, data: bytes, stop: Stop) -> None:
+        self._call(key, lambda: self.fs.pipe_file(self._path(key), data, mode="create"), stop)
+
+    def write(self, key: str, chunks: Iterable[bytes | memoryview], size_hint: int, stop: Stop) -> None:  # noqa: ARG002
+        # No retry of the whole: the stream is gone once it was read. A payload that is only partly
+        # there is named by no commit, so nobody loads it; it is removed all the same.
+        path, uri = self._path(key), f"{self.uri}/{key}"
+        try:
+            self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            with self.fs.open(path, "wb", block_size=CHUNK_BYTES) as file:
+                for chunk in chunks:
+                    stop.check()
+                    file.write(chunk)
+        except BaseException as error:
+            with contextlib.suppress(Exception):
+                self.fs.rm_file(path)
+            if isinstance(error, TaskckptError) or not isinstance(error, Exception):
+                raise
+            raise translated(error, uri) from error
+
+    # --- deleting ------------------------------------------------------------------------------
+
+    def delete(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self._call(key, lambda key=key: self._delete_one(key))  # type: ignore[misc]
+
+    def _delete_one(self, key: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self._path(key))
+
+    def sweep(self, is_dead: Callable[[str], bool]) -> None:
+        """Nothing: fsspec has no word for uploads that were never completed."""
+
+
+_memory_lock = threading.Lock()
+
+
+class MemoryStore(FsspecStore):
+    """fsspec's ``memory://``: one process only."""
+
+    exclusive = True
+
+    def __init__(self, location: Location, storage_options: dict[str, Any], timeout_s: float) -> None:
+        super().__init__(location, storage_options, timeout_s)
+        self._owner = os.getpid()
+        warnings.warn(
+            "memory:// lives in this process only: a retry in another process finds nothing.",
+            TaskckptWarning,
+            stacklevel=6,
+        )
+
+    def _connect(self) -> FileSystem:
+        if os.getpid() != self._owner:
+            raise UsageError(
+                "memory:// is one process only, and this is a child process.",
+                uri=self.uri,
+                hint="Use a folder or a bucket to share state between processes.",
+            )
+        return super()._connect()
+
+    def create(self, key: str, data: bytes, stop: Stop) -> None:
+        with _memory_lock:  # fsspec's own create is a check followed by a write
+            super().create(key, data, stop)
+
+
+# --- errors ------------------------------------------------------------------------------------
+
+_DENIED_CODES = {
+    "AccessDenied", "AccountProblem", "AllAccessDisabled", "ExpiredToken", "ExpiredTokenException",
+    "InvalidAccessKeyId", "InvalidSecurity", "InvalidToken", "InvalidClientTokenId", "RequestTimeTooSkewed", "SignatureDoesNotMatch",
+    "TokenRefreshRequired", "AuthorizationHeaderMalformed", "UnrecognizedClientException",
+}  # fmt: skip
+_DENIED_TYPES = {
+    "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError",
+    "ProfileNotFound",
+    "SSOTokenLoadError", "UnauthorizedSSOTokenError", "NoAuthTokenError", "DefaultCredentialsError", "RefreshError",
+    "ClientAuthenticationError",
+}  # fmt: skip
+_USAGE_TYPES = {"ParamValidationError", "UnknownServiceError", "InvalidRegionError", "UnknownRegionError"}
+_CONFLICT_CODES = {"PreconditionFailed", "412"}
+_PASSING_STATUS = {408, 409, 425, 429}
+
+
+def translated(error: BaseException, uri: str) -> TaskckptError:
+    """The error of taskckpt for whatever a client below fsspec raised."""
+    status, code, text = _http_answer(error)
+    names = {kind.__name__ for cause in _chain(error) for kind in type(cause).__mro__}
+    if code in _DENIED_CODES or status in (401, 403) or names & _DENIED_TYPES or isinstance(error, PermissionError):
+        return _denied(error, uri, code, text)
+    if code == "NoSuchBucket" or (isinstance(error, FileNotFoundError) and "bucket" in text.lower()):
+        return NotFoundError(
+            "There is no such bucket.", uri=uri, hint="Check its spelling; taskckpt never makes buckets."
+        )
+    if status == 404 or isinstance(error, FileNotFoundError):
+        return NotFoundError("No such object.", uri=uri)
+    if code in _CONFLICT_CODES or status == 412 or isinstance(error, FileExistsError):
+        return AlreadyExistsError("The object exists already.", uri=uri)
+    if names & _USAGE_TYPES or code == "InvalidBucketName":
+        return UsageError(f"The store refuses the request: {text}", uri=uri, hint="Check the URL and storage_options.")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return StorageFullError(f"The store is full: {text}", uri=uri, hint="Make room, or choose another place.")
+    if status is not None and status < 500 and status not in _PASSING_STATUS:
+        return UsageError(f"The store refuses the request: {text}", uri=uri, hint="Check the URL and storage_options.")
+    return UnavailableError(
+        f"The store does not answer as it should: {type(error).__name__}: {text}",
+        uri=uri,
+        hint="Check the endpoint and the network; trying again later may work.",
+    )
+
+
+def _denied(error: BaseException, uri: str, code: str | None, text: str) -> DeniedError:
+    hint = "Check the credentials (storage_options, or the store's usual variables and files) and the permissions"
+    if code in (None, "AccessDenied", "403"):
+        # Without permission to list, S3 answers 403 even where a key is simply absent.
+        hint += "; on S3 the task needs s3:ListBucket, s3:GetObject, s3:PutObject and s3:DeleteObject"
+    return DeniedError(f"The store denies access: {code or type(error).__name__}: {text}", uri=uri, hint=hint + ".")
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__
+
+
+def _http_answer(error: BaseException) -> tuple[int | None, str | None, str]:
+    """HTTP status, the service's own error code and its message, as far as the clients tell."""
+    for cause in _chain(error):
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict) and "Error" in response:  # botocore
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            body = response["Error"]
+            return status, body.get("Code"), str(body.get("Message") or cause)
+        for attribute in ("status", "status_code", "code"):  # aiohttp, azure, gcsfs
+            value = getattr(cause, attribute, None)
+            if isinstance(value, int) and not isinstance(cause, OSError):
+                return value, None, str(cause)
+    return None, None, str(error) or type(error).__name__

@@ -1,0 +1,206 @@
+"""Reading a task's log: which records there are, and what a load finds in them. Never writes."""
+
+from __future__ import annotations
+
+import bisect
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from taskckpt import _records
+from taskckpt._layout import LOG, SlotName, parse_slot_name, slot_key
+from taskckpt._records import Claim, ClaimId, Clear, Commit, Join, Record
+from taskckpt._store import Store
+from taskckpt.errors import CorruptCheckpointError, NotFoundError
+
+# Records never change, so what was read once need not be read again. A few are enough: the claim,
+# the head, and the commits that a first save looks at.
+CACHED_RECORDS = 16
+
+
+class LogMoved(Exception):  # noqa: N818 - a signal between two rooms, never an error to users
+    """Records came and went between listing and reading; caught by whoever listed, who lists again."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One listing of a log.
+
+    ``names`` maps a slot to its records' names: one, except on stores without a conditional create.
+    ``slots`` is ascending. Unless ``complete``, only the newest records are in it.
+    """
+
+    names: dict[int, tuple[SlotName, ...]]
+    slots: tuple[int, ...]
+    complete: bool
+
+    @property
+    def top(self) -> int:
+        """The newest slot; 0 where the log is empty."""
+        return self.slots[-1] if self.slots else 0
+
+    def below(self, slot: int) -> int | None:
+        """The next lower slot that has a record."""
+        index = bisect.bisect_left(self.slots, slot)
+        return self.slots[index - 1] if index else None
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """A record that cannot be read, in place of what it would have said."""
+
+    slot: int
+    error: CorruptCheckpointError
+
+
+Found: TypeAlias = Record | Damaged
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What a writer needs to know of the log before it adds to it.
+
+    Attributes:
+        owner: The claim that the newest readable record belongs to.
+        head: The newest commit or clear, if any can be read.
+        unreadable: Slots above ``head`` whose records could not be read, newest first.
+    """
+
+    view: View
+    owner: ClaimId | None = None
+    head: Commit | Clear | None = None
+    unreadable: tuple[int, ...] = ()
+
+
+class LogReader:
+    """The log below one store root."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._cache: OrderedDict[SlotName, Record] = OrderedDict()
+
+    def look(self, *, first_page: bool = True) -> View:
+        """A fresh listing; by default only of the newest records where the store can stop early."""
+        listing = self.store.list_below(LOG, first_page=first_page)
+        names: dict[int, tuple[SlotName, ...]] = {}
+        for text in listing.sizes:
+            name = parse_slot_name(text)
+            if name is not None:  # other files may lie there (.nfs..., backups): not ours, not read
+                names[name.slot] = (*names.get(name.slot, ()), name)
+        return View(names, tuple(sorted(names)), listing.complete)
+
+    def remember(self, name: SlotName, record: Record) -> None:
+        self._cache[name] = record
+        self._cache.move_to_end(name)
+        while len(self._cache) > CACHED_RECORDS:
+            self._cache.popitem(last=False)
+
+    def read(self, name: SlotName) -> Record:
+        """One record.
+
+        Raises:
+            NotFoundError: There is none in that slot.
+            CorruptCheckpointError: It is damaged, and was so again when read a second time.
+            UnsupportedFormatError: A newer taskckpt wrote it.
+        """
+        cached = self._cache.get(name)
+        if cached is not None:
+            return cached
+        key = slot_key(name.slot, name.nonce)
+        uri = f"{self.store.uri}/{key}"
+        try:
+            record = _records.decode(self.store.read(key), slot=name.slot, uri=uri)
+        except CorruptCheckpointError:  # a bit may have flipped on the way, not at rest
+            record = _records.decode(self.store.read(key), slot=name.slot, uri=uri)
+        self.remember(name, record)
+        return record
+
+    def read_slot(self, view: View, slot: int) -> list[Found]:
+        """All records of a slot, newest first; one Damaged where a record should be and is not."""
+        found: list[Found] = []
+        for name in sorted(
+            view.names.get(slot, (SlotName(slot, None),)), key=lambda name: name.nonce or "", reverse=True
+        ):
+            try:
+                found.append(self.read(name))
+            except CorruptCheckpointError as error:
+                found.append(Damaged(slot, error))
+            except NotFoundError as error:
+                if self.look().top > view.top:
+                    raise LogMoved from error
+                missing = CorruptCheckpointError(f"Record {slot} is missing.", uri=error.uri)
+                found.append(Damaged(slot, missing))
+        return found
+
+    def walk(self, view: View) -> Iterator[Found]:
+        """What a load meets, newest first: it jumps from claims to their head, and ends at a clear.
+
+        Of the commits, only those that the newest one retains are followed: others may be half deleted.
+        """
+        pending = {view.top} if view.top else set()
+        seen: set[int] = set()
+        newest: Commit | None = None
+        while pending:
+            slot = max(pending)
+            pending.discard(slot)
+            if slot in seen:
+                continue
+            seen.add(slot)
+            for found in self.read_slot(view, slot):
+                if isinstance(found, Commit):
+                    newest = newest or found
+                    if not _retains(newest, found.stamp.slot):
+                        continue
+                yield found
+                if isinstance(found, Clear):
+                    return
+                pending |= self._next(view, found, newest)
+
+    def _next(self, view: View, found: Found, newest: Commit | None) -> set[int]:
+        match found:
+            case Claim() | Join():
+                return {slot for slot in (found.head, *found.unreadable) if slot is not None}
+            case Commit():
+                newest = newest or found
+                older = (found.previous, *newest.kept)
+                return {s for s in older if s is not None and s < found.stamp.slot and _retains(newest, s)}
+            case Damaged():
+                lower = view.below(found.slot)
+                if lower is None and not view.complete:
+                    lower = self.look(first_page=False).below(found.slot)
+                return set() if lower is None else {lower}
+            case Clear():
+                return set()
+
+    def survey(self, view: View) -> Survey:
+        """The log as a writer sees it. Raises LogMoved if records went away meanwhile."""
+        owner: ClaimId | None = None
+        unreadable: list[int] = []
+        for found in self.walk(view):
+            if isinstance(found, Damaged):
+                unreadable.append(found.slot)
+                continue
+            if owner is None:
+                owner = found.stamp.claim
+            if isinstance(found, (Commit, Clear)):
+                return Survey(view, owner, found, tuple(unreadable))
+        return Survey(view, owner, None, tuple(unreadable))
+
+    def claims(self, owner: ClaimId | None, *, at_most: int) -> Iterator[Claim]:
+        """The claims from ``owner`` downwards: each names the one that it replaced."""
+        for _ in range(at_most):
+            if owner is None:
+                return
+            try:
+                record = self.read(SlotName(owner.slot, None))
+            except (NotFoundError, CorruptCheckpointError):
+                return
+            if not isinstance(record, Claim):
+                return
+            yield record
+            owner = record.replaces
+
+
+def _retains(newest: Commit, slot: int) -> bool:
+    return slot >= newest.floor or slot in newest.kept

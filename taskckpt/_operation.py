@@ -1,0 +1,132 @@
+"""One operation on a store: may it go on, and how are passing faults tried again."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
+
+from taskckpt._testing import switches
+from taskckpt.errors import StorageFullError, UnavailableError
+
+if TYPE_CHECKING:
+    import tenacity
+
+logger = logging.getLogger("taskckpt")
+
+TRIES = 5
+FIRST_WAIT_S = 0.1
+LONGEST_WAIT_S = 10.0
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Stopped(BaseException):
+    """The caller gave the operation up (its coroutine was cancelled).
+
+    A BaseException, like the CancelledError it stands for; it never leaves ``_bridge``.
+    """
+
+
+class Stop:
+    """A flag that the caller raises, and the core checks before each write and before the commit."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def set(self) -> None:
+        self._event.set()
+
+    def check(self) -> None:
+        """Raises Stopped if the caller gave up."""
+        if self._event.is_set():
+            raise Stopped
+
+    def sleep(self, seconds: float) -> None:
+        """Sleeps, but not longer than the caller waits for."""
+        self._event.wait(seconds)
+        self.check()
+
+
+def with_retries(request: Callable[[], T], *, timeout_s: float, stop: Stop | None = None) -> T:
+    """The answer of ``request``, which is tried again while the store is unavailable.
+
+    Five tries with exponential back-off and jitter, all within ``timeout_s`` seconds. Clients below
+    (s3fs, botocore) are told not to retry by themselves, so these are all the tries there are.
+
+    Raises:
+        UnavailableError: The last one, with a note that says how often it was tried.
+    """
+    if stop is not None:
+        stop.check()
+    began = time.monotonic()
+    try:
+        return request()
+    except UnavailableError as error:
+        if isinstance(error, StorageFullError):
+            raise  # trying again in a second does not make room
+    retrying = _retrying(timeout_s - (time.monotonic() - began), stop)
+    try:
+        return retrying(request)
+    except UnavailableError as error:
+        tries = 1 + int(retrying.statistics.get("attempt_number", 0))
+        error.add_note(f"Tried {tries} times within {time.monotonic() - began:.1f} s.")
+        raise
+
+
+def _retrying(timeout_s: float, stop: Stop | None) -> tenacity.Retrying:
+    import tenacity  # only now: it costs 40 ms to import, and most requests succeed the first time
+
+    first_wait_s = 0.0 if switches.instant_retries else FIRST_WAIT_S
+    wait = tenacity.wait_random_exponential(multiplier=first_wait_s, max=LONGEST_WAIT_S)
+    sleep = time.sleep if stop is None else stop.sleep
+    sleep(float(first_wait_s))
+    return tenacity.Retrying(
+        sleep=sleep,
+        stop=tenacity.stop_after_attempt(TRIES - 1) | tenacity.stop_before_delay(max(timeout_s, 0.0)),
+        wait=wait,
+        retry=tenacity.retry_if_exception(_is_passing),
+        before_sleep=lambda state: logger.info("The store is unavailable, trying again: %s", _reason(state)),
+        reraise=True,
+    )
+
+
+def _is_passing(error: BaseException) -> bool:
+    return isinstance(error, UnavailableError) and not isinstance(error, StorageFullError)
+
+
+def _reason(state: tenacity.RetryCallState) -> object:
+    return state.outcome.exception() if state.outcome else None
+
+
+def ordered_map(function: Callable[[T], R], items: Iterable[T], *, threads: int, ahead: int = 0) -> Iterator[R]:
+    """``map`` on several threads: results in order, at most ``threads + ahead`` items under way.
+
+    Threads that cannot be started (the interpreter is shutting down) are done without: the work then
+    happens in the caller's thread. When the consumer stops early, running calls are waited for.
+    """
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="taskckpt")
+    under_way: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            try:
+                under_way.append(pool.submit(function, item))
+            except RuntimeError:
+                under_way.append(_done(function, item))
+            if len(under_way) >= threads + ahead:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _done(function: Callable[[T], R], item: T) -> Future[R]:
+    future: Future[R] = Future()
+    future.set_result(function(item))
+    return future

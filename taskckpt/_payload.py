@@ -1,0 +1,289 @@
+"""A checkpoint's content on its way: what users pass to save, up to a store, and back into a folder."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from blake3 import blake3
+
+from taskckpt import _archive, _extract, _foreign, _gzip
+from taskckpt._foreign import ForeignObject
+from taskckpt._local import translating
+from taskckpt._operation import Stop
+from taskckpt._records import INLINE_LIMIT_BYTES, Commit, Content, Digest, Kind, Stored
+from taskckpt._store import CHUNK_BYTES, Store
+from taskckpt.errors import (
+    CorruptCheckpointError,
+    NotFoundError,
+    SourceChangedError,
+    UsageError,
+    UsageTypeError,
+)
+
+Data: TypeAlias = bytes | bytearray | memoryview | str | os.PathLike[str]
+
+# A restored file or bytes get this name, as in Flyte, unless the user names the folder.
+PAYLOAD = "payload"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Something to save, looked at but not read yet.
+
+    ``chunks`` reads it: the bytes of a file, or the tar stream of a folder.
+    """
+
+    kind: Kind
+    size_hint: int
+    chunks: Callable[[], Iterator[bytes | memoryview]]
+    name: str | None = None
+    mode: int | None = None
+    mtime_ns: int | None = None
+    entries: int | None = None
+
+    @property
+    def suffix(self) -> str:
+        return ".tar.gz" if self.kind == "folder" else ""
+
+
+def source_of(data: Data) -> Source:
+    """What ``save`` was given, checked as far as that goes without reading it.
+
+    Raises:
+        UsageTypeError: It is neither bytes-like nor a path.
+        UsageError: A str that is no path, or a file or folder that could not be restored.
+        NotFoundError: A Path to nothing.
+    """
+    if isinstance(data, (bytes, bytearray, memoryview)):
+        return _bytes_source(memoryview(data))
+    if not isinstance(data, (str, os.PathLike)):
+        raise UsageTypeError(
+            f"save takes bytes, bytearray, memoryview, or a str or Path to a file or folder, "
+            f"not {type(data).__name__}.",
+            hint="Encode it first, for instance with json.dumps(...).encode().",
+        )
+    path = os.fspath(data)
+    if not isinstance(path, str):
+        raise UsageTypeError(f"save takes str paths, not {type(path).__name__} ones.")
+    return _path_source(path, is_str=isinstance(data, str))
+
+
+def _bytes_source(view: memoryview) -> Source:
+    flat = view.cast("B") if view.c_contiguous else memoryview(view.tobytes())
+
+    def chunks() -> Iterator[bytes]:
+        for start in range(0, len(flat), CHUNK_BYTES):
+            # Copied, so that what is hashed and what is stored are the same bytes, whoever writes to a
+            # bytearray meanwhile.
+            yield bytes(flat[start : start + CHUNK_BYTES])
+
+    return Source("bytes", len(flat), chunks)
+
+
+def _path_source(path: str, *, is_str: bool) -> Source:
+    try:
+        with translating(path):
+            info = os.stat(path)
+    except (NotFoundError, UsageError, ValueError) as error:
+        if is_str:
+            raise UsageError(
+                f"{path[:80]!r} is no path to a file or folder.",
+                hint="To save text, pass its bytes: text.encode().",
+            ) from error
+        raise
+    if stat.S_ISDIR(info.st_mode):
+        tree = _archive.scan(Path(path))
+        return Source(
+            "folder",
+            tree.tar_size_bytes,
+            lambda: _archive.pack(tree),
+            _name_of(path),
+            entries=tree.entry_count,
+        )
+    if stat.S_ISREG(info.st_mode):
+        chunks = _FileChunks(path, info)
+        mode = stat.S_IMODE(info.st_mode) & 0o777
+        return Source("file", info.st_size, chunks, _name_of(path), mode=mode, mtime_ns=info.st_mtime_ns)
+    raise UsageError("Only files and folders can be saved; this is a device, a pipe or a socket.", uri=path)
+
+
+def _name_of(path: str) -> str:
+    return os.path.basename(os.path.realpath(path)) or PAYLOAD
+
+
+@dataclass(frozen=True, slots=True)
+class _FileChunks:
+    """Reads a file, and notices when it changes meanwhile."""
+
+    path: str
+    before: os.stat_result
+
+    def __call__(self) -> Iterator[bytes]:
+        with translating(self.path), open(self.path, "rb", buffering=0) as file:
+            self._expect_unchanged(os.fstat(file.fileno()))
+            size = 0
+            while chunk := file.read(CHUNK_BYTES):
+                size += len(chunk)
+                yield chunk
+            self._expect_unchanged(os.fstat(file.fileno()))
+            self._expect_unchanged(os.stat(self.path))
+            if size != self.before.st_size:
+                raise self._changed()
+
+    def _expect_unchanged(self, now: os.stat_result) -> None:
+        if _identity(now) != _identity(self.before):
+            raise self._changed()
+
+    def _changed(self) -> SourceChangedError:
+        return SourceChangedError(
+            "The file changed while it was saved.", uri=self.path, hint="Save when nobody writes to it."
+        )
+
+
+def _identity(info: os.stat_result) -> tuple[int, ...]:
+    return info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
+
+
+class _Meter:
+    """Passes chunks on, and knows their size and digest in the end."""
+
+    def __init__(self) -> None:
+        self._hash = blake3()
+        self.size_bytes = 0
+
+    def through(self, chunks: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+        for chunk in chunks:
+            self._hash.update(chunk)
+            self.size_bytes += len(chunk)
+            yield chunk
+
+    def digest(self) -> Digest:
+        return Digest(self.size_bytes, self._hash.hexdigest())
+
+
+# --- up ----------------------------------------------------------------------------------------
+
+
+def upload(store: Store, source: Source, key_for: Callable[[str], str], stop: Stop) -> tuple[Content, Stored]:
+    """Stores the content, complete and durable, in one stream; ``key_for`` gives a key for a suffix.
+
+    Raises:
+        SourceChangedError: The source changed while it was read. Nothing is left in the store.
+    """
+    if source.kind == "bytes" and source.size_hint <= INLINE_LIMIT_BYTES:
+        data = b"".join(source.chunks())
+        return Content("bytes", Digest.of(data)), Stored(Digest.of(data), inline=data)
+    content, stored = _Meter(), _Meter()
+    key = key_for(source.suffix)
+    chunks = content.through(source.chunks())
+    if source.kind == "folder":
+        chunks = stored.through(_gzip.compress(chunks))
+    store.write(key, chunks, source.size_hint, stop)
+    digest = content.digest()
+    described = Content(source.kind, digest, source.name, source.mode, source.mtime_ns, source.entries)
+    return described, Stored(stored.digest() if source.kind == "folder" else digest, key=key)
+
+
+# --- back --------------------------------------------------------------------------------------
+
+
+def stored_chunks(store: Store, commit: Commit, stop: Stop) -> Iterator[bytes | memoryview]:
+    """The stored bytes; a wrong size or digest is noticed at the end, so nothing may be used before that.
+
+    Raises:
+        NotFoundError: The payload is gone.
+        CorruptCheckpointError: It is not what was saved.
+    """
+    stored = commit.stored
+    if stored.inline is not None:
+        yield stored.inline  # its digest was checked with the record
+        return
+    assert stored.key is not None
+    uri = f"{store.uri}/{stored.key}"
+    meter = _Meter()
+    for chunk in meter.through(store.stream(stored.key, stored.digest.size_bytes, stop)):
+        if meter.size_bytes > stored.digest.size_bytes:
+            break
+        yield chunk
+    _expect(meter, stored.digest, uri)
+
+
+def _expect(meter: _Meter, digest: Digest, uri: str) -> None:
+    found = meter.digest()
+    if found.size_bytes != digest.size_bytes:
+        raise CorruptCheckpointError(
+            f"The payload has {found.size_bytes} bytes or more; {digest.size_bytes} were saved.", uri=uri
+        )
+    if found != digest:
+        raise CorruptCheckpointError("The payload is damaged: its digest does not fit.", uri=uri)
+
+
+def restore(store: Store, commit: Commit, folder: str, name: str, stop: Stop) -> None:
+    """Restores a checkpoint into an empty private folder: a tree as it was, anything else as file ``name``."""
+    chunks = stored_chunks(store, commit, stop)
+    if commit.content.kind == "folder":
+        _restore_folder(chunks, commit, folder, f"{store.uri}/{commit.stored.key}")
+        return
+    path = os.path.join(folder, name)
+    _write(path, chunks)
+    with translating(path):
+        if commit.content.mode is not None:
+            os.chmod(path, commit.content.mode & 0o777)
+        if commit.content.mtime_ns is not None:
+            os.utime(path, ns=(commit.content.mtime_ns, commit.content.mtime_ns))
+
+
+def _write(path: str, chunks: Iterable[bytes | memoryview]) -> None:
+    with translating(path), open(path, "xb", buffering=0) as file:
+        for chunk in chunks:
+            rest = memoryview(chunk)
+            while rest:
+                rest = rest[file.write(rest) :]
+
+
+def restore_foreign(store: Store, foreign: ForeignObject, folder: str, name: str, stop: Stop) -> None:
+    """``restore`` for an object that taskckpt did not write."""
+    if foreign.kind == "folder":
+        _foreign.restore_folder(store, foreign, folder, stop)
+    else:
+        _write(os.path.join(folder, name), _foreign.chunks_of(store, foreign, stop))
+
+
+def _restore_folder(chunks: Iterator[bytes | memoryview], commit: Commit, folder: str, uri: str) -> None:
+    content = commit.content
+    meter = _Meter()
+    limits = _extract.Limits(bytes=content.digest.size_bytes, entries=content.entries or 0)
+    _extract.extract(meter.through(_gzip.decompress(chunks)), Path(folder), limits)
+    for _ in chunks:  # to the end, where the digest is checked
+        pass
+    _expect(meter, content.digest, uri)
+
+
+def read_all(store: Store, found: Commit | ForeignObject, stop: Stop) -> bytes:
+    """The content of a checkpoint of bytes or of a file.
+
+    Raises:
+        UsageError: It is a folder.
+    """
+    if kind_of(found) == "folder":
+        raise UsageError("The checkpoint is a folder, not bytes.", uri=store.uri, hint="Use load() or load_sync().")
+    if isinstance(found, ForeignObject):
+        return b"".join(_foreign.chunks_of(store, found, stop))
+    return b"".join(stored_chunks(store, found, stop))
+
+
+def kind_of(found: Commit | ForeignObject) -> Kind:
+    return found.kind if isinstance(found, ForeignObject) else found.content.kind
+
+
+def restored_name(found: Commit | ForeignObject) -> str:
+    """A file's own name where that is one; bytes have none."""
+    name = None if isinstance(found, ForeignObject) else found.content.name
+    if name is None or name in ("", ".", "..") or "/" in name or "\0" in name:
+        return PAYLOAD
+    return name

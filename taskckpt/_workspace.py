@@ -1,0 +1,215 @@
+"""Where checkpoints are restored to: private folders that live as long as this process, or the user's own."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+import threading
+from collections.abc import Callable
+
+from taskckpt._local import translating
+from taskckpt.errors import AlreadyExistsError, UsageError
+
+PREFIX = "taskckpt-"
+LOCK = ".lock"
+
+Fill = Callable[[str], None]
+
+_lock = threading.Lock()
+_root: str | None = None
+_root_pid = 0
+_descriptor = -1
+
+
+def _after_fork() -> None:
+    # The child inherits the parent's folder to read from, but makes its own and never removes the parent's.
+    global _lock, _root
+    _lock, _root = threading.Lock(), None
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def process_root() -> str:
+    """This process's private folder; removed when it ends, and by a later process if it was killed."""
+    global _root, _root_pid, _descriptor
+    with _lock:
+        if _root is None:
+            parent = os.path.abspath(os.environ.get("TASKCKPT_TMP") or tempfile.gettempdir())
+            with translating(parent):
+                os.makedirs(parent, exist_ok=True)
+                _remove_abandoned(parent)
+                _root, _descriptor = _make_root(parent)
+            _root_pid = os.getpid()
+            atexit.register(_remove_at_exit, _root, _root_pid)
+        return _root
+
+
+def _make_root(parent: str) -> tuple[str, int]:
+    # Locked before it gets its name, so that nobody takes it for an abandoned one.
+    hidden = tempfile.mkdtemp(prefix=f".{PREFIX}", dir=parent)
+    descriptor = os.open(f"{hidden}/{LOCK}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    root = f"{parent}/{PREFIX}{os.getpid()}-{secrets.token_hex(6)}"
+    os.rename(hidden, root)
+    return root, descriptor
+
+
+def _remove_abandoned(parent: str) -> None:
+    """Removes the folders of processes that were killed: the kernel has released their locks."""
+    for name in os.listdir(parent):
+        path = f"{parent}/{name}"
+        if not name.startswith(PREFIX):
+            continue
+        with contextlib.suppress(OSError):  # gone meanwhile, somebody else's, or in use: leave it
+            if os.lstat(path).st_uid != os.getuid():
+                continue
+            descriptor = os.open(f"{path}/{LOCK}", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove_tree(path)
+            finally:
+                os.close(descriptor)
+
+
+def _remove_at_exit(root: str, pid: int) -> None:
+    if os.getpid() == pid:
+        remove_tree(root)
+
+
+def remove_tree(path: str) -> None:
+    """Removes a tree, read-only folders in it too; what cannot be removed stays."""
+
+    def retry(function: Callable[[str], object], failed: str, _: object) -> None:
+        with contextlib.suppress(OSError):
+            os.chmod(os.path.dirname(failed), stat.S_IRWXU)
+            if os.path.isdir(failed) and not os.path.islink(failed):
+                os.chmod(failed, stat.S_IRWXU)
+            function(failed)
+
+    shutil.rmtree(path, onerror=retry)
+    if os.path.isdir(path):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def restore_fresh(fill: Fill) -> str:
+    """A new private folder, filled: it gets its name only when ``fill`` has returned."""
+    root = process_root()
+    number = secrets.token_hex(6)
+    staging, final = f"{root}/.{number}", f"{root}/{number}"
+    with translating(staging):
+        os.mkdir(staging, 0o700)
+    _fill(staging, fill)
+    with translating(final):
+        os.rename(staging, final)
+    return final
+
+
+def restore_into(folder: str, fill: Fill, *, replace: bool) -> None:
+    """Fills the user's own folder: what is there is touched only when everything new is complete beside it.
+
+    Raises:
+        AlreadyExistsError: It is not empty, and ``replace`` is not set.
+        UsageError: It is a file.
+    """
+    with translating(folder):
+        target = os.path.realpath(folder)
+        _expect_free(target, replace=replace)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        staging = _staging_beside(target)
+    _fill(staging, fill)
+    try:
+        with translating(target):
+            _expect_free(target, replace=replace)
+            if os.path.dirname(staging) == target:
+                _move_inside(staging, target)
+            else:
+                _swap(staging, target)
+    except BaseException:
+        remove_tree(staging)
+        raise
+
+
+def _fill(staging: str, fill: Fill) -> None:
+    try:
+        fill(staging)
+    except BaseException:
+        remove_tree(staging)
+        raise
+
+
+def _expect_free(target: str, *, replace: bool) -> None:
+    if not os.path.lexists(target):
+        return
+    if not os.path.isdir(target):
+        raise UsageError("load(to=...) takes a folder, and this is a file.", uri=target)
+    if not replace and os.listdir(target):
+        raise AlreadyExistsError(
+            "The folder is not empty.", uri=target, hint="Choose another one, or pass replace=True."
+        )
+
+
+def _staging_beside(target: str) -> str:
+    """An empty folder on the same disk: beside the target, or inside it where that is a mount point."""
+    name = f".{PREFIX}{secrets.token_hex(6)}"
+    beside = os.path.join(os.path.dirname(target), name)
+    if not os.path.ismount(target):
+        try:
+            os.mkdir(beside, 0o700)
+        except PermissionError:
+            if not os.path.isdir(target):
+                raise
+        else:
+            return beside
+    inside = os.path.join(target, name)
+    os.mkdir(inside, 0o700)
+    return inside
+
+
+def _swap(staging: str, target: str) -> None:
+    old = f"{staging}-old"
+    if os.path.lexists(target):
+        os.rename(target, old)
+    try:
+        os.rename(staging, target)
+    except BaseException:
+        if os.path.lexists(old):
+            os.rename(old, target)
+        raise
+    if os.path.lexists(old):
+        remove_tree(old)
+
+
+def _move_inside(staging: str, target: str) -> None:
+    """The target is a mount point and cannot be renamed, so its entries are exchanged one by one."""
+    info = os.stat(staging)
+    old = f"{staging}-old"
+    os.mkdir(old, 0o700)
+    for name in os.listdir(target):
+        if os.path.join(target, name) not in (staging, old):
+            os.rename(os.path.join(target, name), os.path.join(old, name))
+    for name in os.listdir(staging):
+        _rename_even_if_read_only(os.path.join(staging, name), os.path.join(target, name))
+    os.rmdir(staging)
+    remove_tree(old)
+    os.chmod(target, stat.S_IMODE(info.st_mode))
+    os.utime(target, ns=(info.st_atime_ns, info.st_mtime_ns))
+
+
+def _rename_even_if_read_only(source: str, target: str) -> None:
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM):
+            raise
+        mode = stat.S_IMODE(os.stat(source).st_mode)  # a folder's own ".." changes: it must be writable
+        os.chmod(source, mode | stat.S_IWUSR)
+        os.rename(source, target)
+        os.chmod(target, mode)

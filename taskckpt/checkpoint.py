@@ -1,0 +1,527 @@
+"""``Checkpoint``: what a task saves, and what its next attempt loads."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from taskckpt import _payload, _workspace
+from taskckpt._chain import Chain, Loadable, Origin
+from taskckpt._foreign import ForeignObject
+from taskckpt._layout import keyed_prefix, task_prefix
+from taskckpt._log import TaskLog, new_nonce
+from taskckpt._operation import Stop
+from taskckpt._payload import PAYLOAD, Data
+from taskckpt._records import Commit
+from taskckpt._store import Location, Store, is_unset, open_store, parse
+from taskckpt.errors import (
+    NotFoundError,
+    SourceChangedError,
+    UsageError,
+    UsageTypeError,
+)
+
+if TYPE_CHECKING:
+    from typing import Self
+
+logger = logging.getLogger("taskckpt")
+
+T = TypeVar("T")
+Target = str | os.PathLike[str]
+SourceKind = Literal["auto", "bytes", "folder"]
+
+# A folder that changes while it is read is read again this often.
+SAVE_TRIES = 3
+LOCK_POLL_S = 0.05
+
+
+class Checkpoint:
+    """The checkpoint of one attempt of a task: ``load`` gives what an earlier one saved, ``save`` saves.
+
+    Making one does no I/O. Threads may share it; a forked child, or a spawned one that gets it as an
+    argument, goes on under the same claim. Each ``Checkpoint`` made anew is a new attempt: its first
+    ``load`` or ``save`` takes the task over, and older ones end with ``StaleAttemptError``.
+
+    Args:
+        dest: The task's place: a URL (``s3://bucket/runs/7/train``) or a local path.
+        src: Where to look if ``dest`` has nothing yet: a URL or path, or several, newest first: other
+            tasks' places, or one object that Flyte wrote. None, blank and ``{{...}}`` mean nowhere.
+        keep: How many of the newest checkpoints stay; None keeps all.
+        storage_options: Passed to the fsspec file system (``key``, ``secret``, ``endpoint_url``, ...).
+        timeout_s: How long one request to the store may take, its retries included.
+        read_only: Never writes and never takes the task over; ``save`` is an error.
+        src_kind: What an object at ``src`` is that taskckpt did not write; ``"auto"`` looks inside.
+
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> first = Checkpoint(folder)
+    >>> first.load_sync() is None
+    True
+    >>> first.save_sync(b"step 7")
+    >>> Checkpoint(folder).load_sync().read_bytes()
+    b'step 7'
+    """
+
+    def __init__(
+        self,
+        dest: Target,
+        src: Target | Sequence[Target] | None = None,
+        *,
+        keep: int | None = 3,
+        storage_options: Mapping[str, Any] | None = None,
+        timeout_s: float = 300,
+        read_only: bool = False,
+        src_kind: SourceKind = "auto",
+    ) -> None:
+        self._setup(
+            parse(dest),
+            tuple(parse(one, what="src") for one in _as_sources(src) if not is_unset(one)),
+            keep=_checked_keep(keep),
+            storage_options=dict(storage_options or {}),
+            timeout_s=_checked_timeout(timeout_s),
+            read_only=read_only,
+            src_kind=_checked_kind(src_kind),
+        )
+
+    def _setup(
+        self,
+        dest: Location,
+        sources: tuple[Location, ...],
+        *,
+        keep: int | None = 3,
+        storage_options: dict[str, Any],
+        timeout_s: float = 300,
+        read_only: bool = False,
+        src_kind: SourceKind = "auto",
+        claim_nonce: str | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._dest = dest
+        self._sources = sources
+        self._keep = keep
+        self._storage_options = storage_options
+        self._timeout_s = timeout_s
+        self._read_only = read_only
+        self._src_kind: SourceKind = src_kind
+        self._claim_nonce = claim_nonce or new_nonce()
+        self._inherited = claim_nonce is not None
+        self._about = dict(about or {})
+        self._pid = os.getpid()
+        self._forget()
+
+    @classmethod
+    def _for_context(
+        cls,
+        dest: Location,
+        *,
+        keep: int | None,
+        storage_options: dict[str, Any],
+        timeout_s: float,
+        claim_nonce: str,
+        inherited: bool,
+        about: Mapping[str, Any],
+    ) -> Self:
+        """A context's own checkpoint: one place, and a claim that child processes may share."""
+        self = cls.__new__(cls)
+        self._setup(
+            dest,
+            (),
+            keep=_checked_keep(keep),
+            storage_options=storage_options,
+            timeout_s=_checked_timeout(timeout_s),
+            claim_nonce=claim_nonce,
+            about=about,
+        )
+        self._inherited = inherited
+        return self
+
+    def _forget(self) -> None:
+        self._lock = threading.RLock()
+        self._store: Store | None = None
+        self._log: TaskLog | None = None
+        self._path: Path | None = None
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        key: str | None = None,
+        run: str | None = None,
+        task: str | None = None,
+        base: Target | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        timeout_s: float = 300,
+    ) -> Self:
+        """A read-only view of another task's checkpoint: it never writes, and never fences that task.
+
+        Args:
+            key: The task's ``key=``; or else
+            run: its run (default: ``TASKCKPT_RUN`` or ``local``), and
+            task: its name.
+            base: Where tasks lie (default: ``TASKCKPT_BASE`` or ``./.taskckpt``).
+            storage_options: As for ``Checkpoint``.
+            timeout_s: As for ``Checkpoint``.
+
+        Raises:
+            NotFoundError: There is no such task; the hint lists near names.
+        """
+        from taskckpt import context
+
+        if (key is None) == (task is None):
+            raise UsageError("Checkpoint.of takes either key= or task=.")
+        base_uri, run_name = context.default_base(base), context.default_run(run)
+        prefix = keyed_prefix(key) if key is not None else task_prefix(run_name, str(task))
+        self = cls.__new__(cls)
+        self._setup(
+            parse(base_uri, what="base").child(prefix),
+            (),
+            storage_options=dict(storage_options or {}),
+            timeout_s=_checked_timeout(timeout_s),
+            read_only=True,
+        )
+        self._expect_known(parse(base_uri, what="base").child(prefix.partition("/")[0]), prefix.rpartition("/")[2])
+        return self
+
+    def _expect_known(self, run: Location, name: str) -> None:
+        if self._open().list_below("log", first_page=True).sizes:
+            return
+        store = open_store(run, storage_options=self._storage_options, timeout_s=self._timeout_s)
+        names = sorted({key.partition("/")[0] for key in store.list_below("").sizes})
+        raise NotFoundError(
+            f"There is no task {name!r}.",
+            uri=self.remote_destination,
+            hint=f"There are: {', '.join(_nearest(name, names))}." if names else "This run has no tasks at all.",
+        )
+
+    # --- what it is ----------------------------------------------------------------------------
+
+    @property
+    def path(self) -> Path | None:
+        """The newest restored workspace, or None before a load found something."""
+        return self._path
+
+    @property
+    def remote_destination(self) -> str:
+        """Where this task saves to."""
+        return self._dest.uri
+
+    @property
+    def remote_source(self) -> str | None:
+        """The first ``src``; None if there is none."""
+        return self._sources[0].uri if self._sources else None
+
+    def __repr__(self) -> str:
+        source = f", src={self.remote_source!r}" if self._sources else ""
+        return f"Checkpoint({self.remote_destination!r}{source}{', read_only=True' if self._read_only else ''})"
+
+    # --- load ----------------------------------------------------------------------------------
+
+    def load_sync(self, *, to: Target | None = None, replace: bool = False) -> Path | None:
+        """Restores the newest good checkpoint of any earlier attempt (or of this one).
+
+        A checkpoint that turns out damaged is passed over with a warning, and the one before is taken.
+
+        Args:
+            to: Restore there instead of into a fresh private folder: an absent or empty folder.
+            replace: ``to`` may be full: its content is replaced once the new one is complete.
+
+        Returns:
+            The root of the restored folder, or a file: ``path/"payload"`` (below ``to``, a file has its
+            own name). None if nothing was saved yet. A private folder stays as long as this process.
+
+        Raises:
+            CorruptCheckpointError: Something was saved, and no copy of it is intact.
+            StaleAttemptError: A newer attempt has the task.
+            UnavailableError, DeniedError, NotFoundError: The store could not be asked; nothing is known.
+            AlreadyExistsError: ``to`` is not empty.
+        """
+        return self._load(Stop(), to=to, replace=replace)
+
+    async def load(self, *, to: Target | None = None, replace: bool = False) -> Path | None:
+        """``load_sync`` without blocking the event loop."""
+        from taskckpt._bridge import in_thread
+
+        return await in_thread(partial(self._load, to=to, replace=replace))
+
+    def load_bytes_sync(self) -> bytes | None:
+        """The newest good checkpoint of bytes or of a file, as bytes; None if nothing was saved yet.
+
+        Raises: As ``load_sync``; UsageError if it is a folder.
+        """
+        return self._load_bytes(Stop())
+
+    async def load_bytes(self) -> bytes | None:
+        """``load_bytes_sync`` without blocking the event loop."""
+        from taskckpt._bridge import in_thread
+
+        return await in_thread(self._load_bytes)
+
+    def prev_exists(self) -> bool:
+        """Whether ``load`` would find something (or something damaged). Looks, and never takes the task over."""
+        return self._chain(Stop()).has_something(self._origin(self._open()))
+
+    def _load(self, stop: Stop, *, to: Target | None = None, replace: bool = False) -> Path | None:
+        began = time.monotonic()
+
+        def restore(origin: Origin, found: Loadable) -> tuple[str, str]:
+            if to is None:
+                return _workspace.restore_fresh(partial(_fill, origin.store, found, stop, PAYLOAD)), PAYLOAD
+            name = _payload.restored_name(found)
+            folder = os.path.abspath(os.fspath(to))
+            _workspace.restore_into(folder, partial(_fill, origin.store, found, stop, name), replace=replace)
+            return folder, name
+
+        found = self._newest_good(restore, stop)
+        if found is None:
+            logger.info("Nothing to resume from in %s.", self.remote_destination)
+            return None
+        where, loaded, (folder, name) = found
+        self._path = Path(folder)
+        logger.info("Resumed from %s in %.2f s.", _described(where, loaded), time.monotonic() - began)
+        return self._path if _payload.kind_of(loaded) == "folder" else self._path / name
+
+    def _load_bytes(self, stop: Stop) -> bytes | None:
+        found = self._newest_good(lambda origin, found: _payload.read_all(origin.store, found, stop), stop)
+        return None if found is None else found[2]
+
+    def _newest_good(self, use: Callable[[Origin, Loadable], T], stop: Stop) -> tuple[Origin, Loadable, T] | None:
+        store = self._open()
+        view = None
+        if not self._read_only:
+            with self._exclusively(stop):
+                view = self._own_log(store).view(stop)
+        origin = self._origin(store)
+        found = self._chain(stop).newest_good(origin, view, use)
+        if found is None:
+            return None
+        where, loaded, _ = found
+        if where is origin and not self._read_only and isinstance(loaded, Commit):
+            with self._exclusively(stop):
+                self._own_log(store).resumed(loaded)
+        return found
+
+    def _origin(self, store: Store) -> Origin:
+        reader = None if self._read_only or self._log is None else self._log.reader
+        return Origin(self._dest, store, reader)
+
+    def _chain(self, stop: Stop) -> Chain:
+        def open_source(location: Location) -> Store:
+            return open_store(location, storage_options=self._storage_options, timeout_s=self._timeout_s)
+
+        return Chain(self._sources, open_source, src_kind=self._src_kind, stop=stop)
+
+    # --- save ----------------------------------------------------------------------------------
+
+    def save_sync(self, data: Data) -> None:
+        """Saves bytes, a file or a folder. When it returns, no kill and no power cut undoes it.
+
+        When it raises or is interrupted, the checkpoint before is still the one that loads.
+
+        Args:
+            data: ``bytes``, ``bytearray`` or ``memoryview``; or a ``str`` or ``Path`` to a file or folder.
+                Of a folder, names, contents, modes (rwx), mtimes, empty folders, and symlinks and hard
+                links inside the tree are kept. Owners and extended attributes are not.
+
+        Raises:
+            StaleAttemptError: A newer attempt has the task. Final: end this one.
+            SourceChangedError: The file or folder kept changing while it was read.
+            CommitUnknownError: The store never told whether the save counts; the next save settles it.
+            UnavailableError, StorageFullError, DeniedError: Nothing was saved.
+            UsageError, NotFoundError: ``data`` is nothing that can be saved.
+        """
+        self._save(data, Stop())
+
+    async def save(self, data: Data) -> None:
+        """``save_sync`` without blocking the event loop.
+
+        A cancelled save has ended when the cancellation arrives: it never commits afterwards.
+        """
+        from taskckpt._bridge import in_thread
+
+        await in_thread(partial(self._save, data))
+
+    def _save(self, data: Data, stop: Stop) -> None:
+        self._expect_writable("save")
+        _payload.source_of(data)  # what cannot be saved is refused before anything is written
+        store = self._open()
+        with self._exclusively(stop):
+            log = self._own_log(store)
+            log.hold(stop)
+            for remaining in reversed(range(SAVE_TRIES)):
+                try:
+                    self._save_once(store, log, data, stop)
+                except SourceChangedError as error:
+                    if not remaining:
+                        raise
+                    logger.info("Reading it again: %s", error)
+                else:
+                    return
+
+    def _save_once(self, store: Store, log: TaskLog, data: Data, stop: Stop) -> None:
+        began = time.monotonic()
+        nonce = new_nonce()
+        source = _payload.source_of(data)
+        content, stored = _payload.upload(store, source, partial(log.next_payload_key, nonce), stop)
+        uploaded = time.monotonic()
+        commit = log.commit(nonce, content, stored, stop)
+        logger.info(
+            "Saved %s to slot %d of %s: %d bytes, stored as %d, in %.2f s (commit %.3f s).",
+            content.kind,
+            commit.stamp.slot,
+            self.remote_destination,
+            content.digest.size_bytes,
+            stored.digest.size_bytes,
+            time.monotonic() - began,
+            time.monotonic() - uploaded,
+        )
+
+    def clear_sync(self) -> None:
+        """Starts over: what was saved so far exists no more, for this and every later attempt.
+
+        Raises:
+            StaleAttemptError: A newer attempt has the task; nothing was cleared.
+        """
+        self._clear(Stop())
+
+    async def clear(self) -> None:
+        """``clear_sync`` without blocking the event loop."""
+        from taskckpt._bridge import in_thread
+
+        await in_thread(self._clear)
+
+    def _clear(self, stop: Stop) -> None:
+        self._expect_writable("clear")
+        store = self._open()
+        with self._exclusively(stop):
+            log = self._own_log(store)
+            if not store.list_below("log", first_page=True).sizes and not self._sources:
+                return  # nothing was ever saved here
+            log.hold(stop)
+            log.clear(stop)
+        logger.info("Cleared %s.", self.remote_destination)
+
+    # --- inside --------------------------------------------------------------------------------
+
+    def _expect_writable(self, verb: str) -> None:
+        if self._read_only:
+            raise UsageError(
+                f"This is a read-only view; it cannot {verb}.",
+                uri=self.remote_destination,
+                hint="Use the task's own checkpoint: taskckpt.checkpoint() or Checkpoint(dest).",
+            )
+
+    def _open(self) -> Store:
+        self._notice_fork()
+        with self._lock:
+            if self._store is None:
+                self._store = open_store(self._dest, storage_options=self._storage_options, timeout_s=self._timeout_s)
+            return self._store
+
+    def _own_log(self, store: Store) -> TaskLog:
+        if self._log is None:
+            about = {"host": platform.node(), "pid": os.getpid()} | self._about
+            self._log = TaskLog(
+                store,
+                claim_nonce=self._claim_nonce,
+                inherited=self._inherited,
+                keep=self._keep,
+                about={key: _plain(value) for key, value in about.items() if value is not None},
+                sources=tuple(source.record_uri for source in self._sources),
+            )
+        return self._log
+
+    def _notice_fork(self) -> None:
+        """In a forked child: the same claim, but a writer, connections and locks of its own."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._inherited = True
+            path = self._path
+            self._forget()
+            self._path = path
+
+    @contextmanager
+    def _exclusively(self, stop: Stop) -> Generator[None]:
+        # Re-entrant, so that a signal handler may save while the same thread is saving.
+        while not self._lock.acquire(timeout=LOCK_POLL_S):
+            stop.check()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        for name in ("_lock", "_store", "_log"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        path = self._path
+        self._forget()
+        self._path = path
+        self._inherited = True
+        self._pid = os.getpid()
+
+
+def _fill(store: Store, found: Loadable, stop: Stop, name: str, folder: str) -> None:
+    if isinstance(found, ForeignObject):
+        _payload.restore_foreign(store, found, folder, name, stop)
+    else:
+        _payload.restore(store, found, folder, name, stop)
+
+
+def _described(where: Origin, found: Loadable) -> str:
+    if isinstance(found, ForeignObject):
+        return f"the {found.kind} of {found.size_bytes} bytes at {where.store.uri}"
+    size = found.content.digest.size_bytes
+    return (
+        f"slot {found.stamp.slot} of {where.store.uri} ({found.content.kind}, {size} bytes, saved {found.stamp.time})"
+    )
+
+
+def _as_sources(src: Target | Sequence[Target] | None) -> Sequence[Target]:
+    if src is None:
+        return ()
+    if isinstance(src, (str, os.PathLike)):
+        return (src,)
+    if isinstance(src, Sequence) and not isinstance(src, (bytes, bytearray, memoryview)):
+        return src
+    raise UsageTypeError(f"src must be a str, a Path or a sequence of them, not {type(src).__name__}.")
+
+
+def _checked_keep(keep: int | None) -> int | None:
+    if keep is None or (isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1):
+        return keep
+    raise UsageError(f"keep={keep!r} must be at least 1, or None to keep all.")
+
+
+def _checked_timeout(timeout_s: float) -> float:
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
+        raise UsageError(f"timeout_s={timeout_s!r} must be a number of seconds above 0.")
+    return float(timeout_s)
+
+
+def _checked_kind(kind: str) -> SourceKind:
+    if kind in ("auto", "bytes", "folder"):
+        return kind  # type: ignore[return-value]
+    raise UsageError(f"src_kind={kind!r} must be 'auto', 'bytes' or 'folder'.")
+
+
+def _nearest(name: str, names: Sequence[str]) -> Sequence[str]:
+    import difflib
+
+    return difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names[:5]
+
+
+def _plain(value: object) -> object:
+    """Fit for a record: names from the operating system may not be valid Unicode."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value

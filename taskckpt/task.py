@@ -1,0 +1,328 @@
+"""``@task``: a function that is retried, and that its checkpoint belongs to."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import logging
+import os
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar, overload
+
+from taskckpt import context
+from taskckpt._testing import switches
+from taskckpt.context import TaskContext
+from taskckpt.errors import (
+    AmbiguousIdentityError,
+    SourceChangedError,
+    StaleAttemptError,
+    TaskckptError,
+    UnavailableError,
+    UsageError,
+    UsageTypeError,
+)
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
+
+    from taskckpt.checkpoint import Target
+
+logger = logging.getLogger("taskckpt")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+On: TypeAlias = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool]
+Key: TypeAlias = str | Callable[..., str]
+
+# Of our own errors only these pass by themselves; a stale, corrupt, denied or wrong call does not.
+_PASSING = (UnavailableError, SourceChangedError)
+
+
+@overload
+def task(function: Callable[P, R], /) -> Callable[P, R]: ...
+@overload
+def task(
+    *,
+    retries: int = 3,
+    on: On = Exception,
+    key: Key | None = None,
+    run: str | None = None,
+    base: Target | None = None,
+    keep: int | None = 3,
+    storage_options: Mapping[str, Any] | None = None,
+    timeout_s: float = 300,
+    wait_initial_s: float = 0.5,
+    wait_max_s: float = 30,
+    clear_on_success: bool | None = None,
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+def task(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:  # noqa: D417 - see the overload
+    """Retries a plain or ``async`` function, with a checkpoint that spans its attempts.
+
+    Inside, ``taskckpt.ctx().checkpoint`` is the call's own. Its identity is the function (module or
+    script, and name) and its arguments, so that two calls with different arguments never meet; a script
+    that was killed and is started again goes on.
+
+    Args:
+        retries: How often to try again, so that there are ``retries + 1`` attempts.
+        on: Which exceptions are retried: a class, a tuple of them, or a function that tells. Errors of
+            taskckpt that do not pass by themselves (stale, corrupt, denied, usage) never are.
+        key: Names the task instead: a str, or a function of the call's arguments. It spans runs.
+        run: The run (default: ``TASKCKPT_RUN``, the engine's, or ``local``).
+        base: Where tasks lie (default: ``TASKCKPT_BASE``, the engine's, or ``./.taskckpt``).
+        keep, storage_options, timeout_s: As for ``Checkpoint``.
+        wait_initial_s, wait_max_s: Back-off between attempts: exponential with jitter.
+        clear_on_success: Clear the checkpoints when the function returns. By default only where nobody
+            named run or key: an engine may deliver a finished task once more.
+
+    Raises:
+        UsageError: At the call: an argument is no plain value, or the function has no stable name; pass ``key=``.
+        The function's own exception, once retries are exhausted: the state stays.
+    """
+    if function is not None and not callable(function):
+        raise UsageTypeError("task decorates a function; its options have names: @task(retries=3).")
+    spec = _Spec(**options)
+    return spec.decorate if function is None else spec.decorate(function)
+
+
+@dataclass(frozen=True)
+class _Spec:
+    retries: int = 3
+    on: On = Exception
+    key: Key | None = None
+    run: str | None = None
+    base: Target | None = None
+    keep: int | None = 3
+    storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
+    timeout_s: float = 300
+    wait_initial_s: float = 0.5
+    wait_max_s: float = 30
+    clear_on_success: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.retries, int) or isinstance(self.retries, bool) or self.retries < 0:
+            raise UsageError(f"retries={self.retries!r} must be a whole number from 0 on.")
+        if min(self.wait_initial_s, self.wait_max_s) < 0:
+            raise UsageError("Waiting times must not be negative.")
+
+    def decorate(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise UsageTypeError("A generator cannot be a task: it would be retried item by item.")
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def async_wrapper(*args: Any, **kwargs: Any) -> Any:
+                return await _AsyncCall(self, function, args, kwargs).run()
+
+            return async_wrapper
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return _Call(self, function, args, kwargs).run()
+
+        return wrapper
+
+    def is_retried(self, error: BaseException) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        if isinstance(error, TaskckptError) and not isinstance(error, _PASSING):
+            return False
+        return isinstance(error, self.on) if isinstance(self.on, (type, tuple)) else bool(self.on(error))
+
+    def policy(self, name: str) -> dict[str, Any]:
+        """For tenacity, which does the retrying."""
+        import tenacity
+
+        def tell(state: RetryCallState) -> None:
+            error = state.outcome.exception() if state.outcome else None
+            logger.warning(
+                "Attempt %d of %d of %s failed: %s: %s", state.attempt_number, self.retries + 1, name,
+                type(error).__name__, error,
+            )  # fmt: skip
+
+        instant = switches.instant_retries
+        return {
+            "stop": tenacity.stop_after_attempt(self.retries + 1),
+            "wait": tenacity.wait_none()
+            if instant
+            else tenacity.wait_exponential_jitter(self.wait_initial_s, self.wait_max_s, jitter=self.wait_initial_s),
+            "retry": tenacity.retry_if_exception(self.is_retried),
+            "before_sleep": tell,
+            "reraise": True,
+        }
+
+
+class _Call:
+    """One call of a task: its identity, decided once, and its attempts."""
+
+    def __init__(self, spec: _Spec, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        self._spec = spec
+        self._function = functools.partial(function, *args, **kwargs)
+        self._parent = context.ctx()
+        self._key = _key_of(spec, args, kwargs)
+        self._task = self._key or _identity(function, args, kwargs)
+        if self._key is None and self._parent is not None:
+            self._task += f" in {self._parent.task}"
+        if self._key is None:
+            _expect_one_function(function, self._task)
+        self._attempts = 0
+
+    def run(self) -> Any:
+        from tenacity import Retrying
+
+        return Retrying(**self._spec.policy(self._task))(self._attempt)
+
+    def _attempt(self) -> Any:
+        with context.running(self._next()) as current:
+            result = self._function()
+            if self._clears():
+                with _telling_only(current):
+                    current.checkpoint.clear_sync()
+            return result
+
+    def _next(self) -> TaskContext:
+        """A new attempt: it claims the task anew, so that what an earlier one left running is fenced."""
+        spec, attempt = self._spec, self._attempts
+        self._attempts += 1
+        inherited = self._parent if spec.run is None and spec.base is None else None
+        return TaskContext(
+            run=inherited.run if inherited else context.default_run(spec.run),
+            task=self._task,
+            attempt=attempt,
+            base=inherited.base if inherited else context.default_base(spec.base),
+            key=self._key,
+            origins={"task": "key=" if self._key else "@task", "run": self._run_origin(), "attempt": "@task"},
+            keep=spec.keep,
+            storage_options=dict(
+                spec.storage_options or (self._parent.storage_options if inherited and self._parent else {})
+            ),
+            timeout_s=spec.timeout_s,
+            parent=self._parent,
+        )
+
+    def _run_origin(self) -> str:
+        if self._spec.run is None and self._parent is not None:
+            return self._parent.origins.get("run", "parent")
+        return context.origin_of_run(self._spec.run)
+
+    def _clears(self) -> bool:
+        if self._spec.clear_on_success is not None:
+            return self._spec.clear_on_success
+        return self._key is None and self._run_origin() == "made up"
+
+
+class _AsyncCall(_Call):
+    async def run(self) -> Any:
+        from tenacity import AsyncRetrying
+
+        return await AsyncRetrying(**self._spec.policy(self._task))(self._async_attempt)
+
+    async def _async_attempt(self) -> Any:
+        with context.running(self._next()) as current:
+            result = await self._function()
+            if self._clears():
+                with _telling_only(current):
+                    await current.checkpoint.clear()
+            return result
+
+
+class _telling_only:  # noqa: N801 - reads as a verb, like contextlib.suppress
+    """The task has ended well; that its state could not be cleared must not undo that, but be told."""
+
+    def __init__(self, current: TaskContext) -> None:
+        self._current = current
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if not isinstance(error, TaskckptError) or isinstance(error, StaleAttemptError):
+            return False
+        logger.warning(
+            "%s ended well, but its state could not be cleared: the next call resumes from it: %s",
+            self._current.task,
+            error,
+        )
+        return True
+
+
+# --- identity ----------------------------------------------------------------------------------
+
+
+def _key_of(spec: _Spec, args: Any, kwargs: Any) -> str | None:
+    if spec.key is None:
+        return None
+    key = spec.key if isinstance(spec.key, str) else spec.key(*args, **kwargs)
+    if not isinstance(key, str) or not key.strip():
+        raise UsageError(f"key= gave {key!r}; it must be a str that is not blank.")
+    return key
+
+
+def _identity(function: Callable[..., Any], args: Any, kwargs: Any) -> str:
+    """The function and its arguments as one text: the same in every process that makes the same call."""
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    arguments = ", ".join(f"{name}={_canonical(value, name)}" for name, value in bound.arguments.items())
+    return f"{function.__qualname__}({arguments}) @ {_module_of(function)}"
+
+
+def _module_of(function: Callable[..., Any]) -> str:
+    if function.__module__ not in ("__main__", "__mp_main__"):
+        return str(function.__module__)
+    main = sys.modules.get(function.__module__)
+    spec = getattr(main, "__spec__", None)
+    if spec is not None and spec.name not in ("__main__", "__mp_main__"):  # python -m package.module
+        return str(spec.name).removesuffix(".__main__")
+    path: str | None = getattr(main, "__file__", None)
+    if path is None:
+        raise UsageError(
+            f"{function.__qualname__} is defined in a notebook or at a prompt, which has no stable name.",
+            hint="Name the task: @task(key='my-task').",
+        )
+    return os.path.realpath(path)
+
+
+def _canonical(value: object, name: str) -> str:
+    """A plain value as text, the same for equal values of the same type, and for no others."""
+    match value:
+        case None | bool() | int() | float() if type(value) in (type(None), bool, int, float):
+            return repr(value)
+        case str() if type(value) is str:
+            return json.dumps(value)
+        case bytes() if type(value) is bytes:
+            return repr(value)
+        case os.PathLike():
+            return f"Path({json.dumps(os.fsdecode(os.fspath(value)))})"
+        case list() | tuple() if type(value) in (list, tuple):
+            inner = ", ".join(_canonical(item, f"{name}[{index}]") for index, item in enumerate(value))
+            return f"[{inner}]" if isinstance(value, list) else f"({inner},)"
+        case dict() if type(value) is dict:
+            items = sorted((_canonical(k, name), _canonical(v, f"{name}[{k!r}]")) for k, v in value.items())
+            return "{" + ", ".join(f"{k}: {v}" for k, v in items) + "}"
+        case set() | frozenset() if type(value) in (set, frozenset):
+            return f"{type(value).__name__}({sorted(_canonical(item, name) for item in value)})"
+        case _:
+            pass
+    raise UsageError(
+        f"The argument {name} is a {type(value).__name__}: the task's identity cannot be told from it.",
+        hint="Name the task: @task(key=lambda ...: ...), from the arguments that tell calls apart.",
+    )
+
+
+_functions: weakref.WeakValueDictionary[str, Callable[..., Any]] = weakref.WeakValueDictionary()
+
+
+def _expect_one_function(function: Callable[..., Any], identity: str) -> None:
+    """Functions made in a loop share their name; if they also capture variables, they may differ in those."""
+    if not getattr(function, "__closure__", None):
+        return
+    known = _functions.setdefault(identity, function)
+    if known is not function and known.__closure__ != function.__closure__:
+        raise AmbiguousIdentityError(
+            f"Two functions called {function.__qualname__} were made here, with different variables around them.",
+            hint="Pass these as arguments, or name each task: @task(key=...).",
+        )

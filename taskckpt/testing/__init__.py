@@ -1,0 +1,11 @@
+"""For tests of tasks, of engines and of stores: instant retries, faults at every request, real servers.
+
+- ``instant_retries``: waiting between tries takes no time.
+- ``intercepted``: a hook around every request to a store, to watch, break, pause or kill it there.
+- ``InterceptedStore``: the same for one store.
+- ``taskckpt.testing.servers``: S3 servers of one's own, from wheels (``pip install "taskckpt[testing]"``).
+"""
+
+from taskckpt.testing._intercept import Hook, InterceptedStore, instant_retries, intercepted
+
+__all__ = ["Hook", "InterceptedStore", "instant_retries", "intercepted"]
