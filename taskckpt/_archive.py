@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, Self
 
 from taskckpt import _tar
 from taskckpt._tar import FILE, FOLDER, LINK, SYMLINK, show
@@ -107,7 +107,7 @@ class OpenFolders:
         self._last = b""
         self._last_fd = self.root_fd
 
-    def __enter__(self) -> OpenFolders:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -435,6 +435,8 @@ def _name_difference(root: Path, before: Entry | None, now: Entry | None) -> NoR
     if before and now and before.name == now.name:
         if before.kind != now.kind or before.inode != now.inode:
             _changed(root, now.name, "was replaced")
+        if before.target != now.target:
+            _changed(root, now.name, "was pointed elsewhere")
         if before.size != now.size:
             _changed(root, now.name, "grew" if now.size > before.size else "shrank")
         _changed(root, now.name, "was rewritten or its attributes changed")

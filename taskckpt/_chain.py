@@ -10,7 +10,6 @@ from typing import TypeAlias, TypeVar
 from taskckpt import _foreign
 from taskckpt._foreign import ForeignObject
 from taskckpt._history import Damaged, LogMoved, LogReader, View
-from taskckpt._log import MAX_CLAIMS_BACK
 from taskckpt._operation import Stop
 from taskckpt._records import Claim, Clear, Commit
 from taskckpt._store import Location, Store, parse
@@ -25,6 +24,8 @@ Loadable: TypeAlias = Commit | ForeignObject
 
 # How often a load starts over because records came and went while it read them.
 MAX_ROUNDS = 64
+# How many records are read to find out where a task comes from whose own checkpoints are all damaged.
+MAX_RECORDS_BACK = 64
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Chain:
             if found is None and not round_.cleared:
                 search.continues_from = round_.continues_from
                 if round_.problems and not search.continues_from:
-                    search.continues_from = self._earlier_sources(reader, view)
+                    search.continues_from = list(reader.sources(view, at_most=MAX_RECORDS_BACK))
             return found
         raise UnavailableError(f"The log kept changing during {MAX_ROUNDS} looks at it.", uri=origin.store.uri)
 
@@ -142,7 +143,7 @@ class Chain:
         use: Callable[[Origin, Loadable], T],
         search: _Search,
     ) -> tuple[Commit, T] | None:
-        for found in reader.walk(view):
+        for found in reader.walk(view, confirm=True):
             match found:
                 case Damaged(slot=1):
                     # The first slot always holds a claim, so no checkpoint is lost with it.
@@ -165,17 +166,6 @@ class Chain:
                 case _:
                     pass
         return None
-
-    def _earlier_sources(self, reader: LogReader, view: View) -> list[str]:
-        """Where older claims said the task comes from: asked only if nothing else was found."""
-        try:
-            owner = reader.survey(view).owner
-        except LogMoved:
-            return []
-        for claim in reader.claims(owner, at_most=MAX_CLAIMS_BACK):
-            if claim.continues_from:
-                return list(claim.continues_from)
-        return []
 
     def _from_foreign(
         self, origin: Origin, use: Callable[[Origin, Loadable], T], search: _Search

@@ -197,9 +197,9 @@ class _Extraction:
             self._need_folder(parent, member.name)
         if len(name) > self._surely_short:
             self._check_length(name)
-        if name in self._files or name in self._symlinks or name in self._folders:
-            if member.kind != FOLDER or name not in self._implied:
-                raise _refused(member.name, "stands in the archive twice")
+        taken = name in self._files or name in self._symlinks or name in self._folders
+        if taken and not (member.kind == FOLDER and name in self._implied):
+            raise _refused(member.name, "stands in the archive twice")
         return parent, base, name
 
     def _clean(self, member: Member) -> bytes:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from taskckpt import _extract, _gzip
+from taskckpt._layout import LOG
 from taskckpt._local import translating
 from taskckpt._operation import Stop
 from taskckpt._records import Kind
@@ -50,7 +51,8 @@ def look(store: Store, src_kind: str, stop: Stop) -> ForeignObject | None:
     """
     size = store.size("")
     if size is None:
-        if store.list_below("", first_page=True).sizes:
+        has_log = store.list_below(LOG, first_page=True).sizes  # of a task that has saved nothing
+        if not has_log and store.list_below("", first_page=True).sizes:
             raise UsageError(
                 "There is something at src, but neither a taskckpt log nor a single object.",
                 uri=store.uri,

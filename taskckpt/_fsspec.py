@@ -176,7 +176,12 @@ class FsspecStore:
 
     def _read_range(self, key: str, start: int, end: int, stop: Stop) -> bytes:
         def request() -> bytes:
-            data = bytes(self.fs.cat_file(self._path(key), start=start, end=end))
+            try:
+                data = bytes(self.fs.cat_file(self._path(key), start=start, end=end))
+            except OSError as error:
+                if _http_answer(error)[0] == RANGE_NOT_SATISFIABLE:
+                    return b""  # the object ends before: it is shorter than promised, and the caller counts
+                raise
             if len(data) > end - start:
                 raise UnavailableError(f"Asked for {end - start} bytes, got {len(data)}.", uri=f"{self.uri}/{key}")
             return data
@@ -192,18 +197,23 @@ class FsspecStore:
         # No retry of the whole: the stream is gone once it was read. A payload that is only partly
         # there is named by no commit, so nobody loads it; it is removed all the same.
         path, uri = self._path(key), f"{self.uri}/{key}"
-        try:
+        with _translating(uri):
             self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-            with self.fs.open(path, "wb", block_size=CHUNK_BYTES) as file:
-                for chunk in chunks:
-                    stop.check()
+            file = self.fs.open(path, "wb", block_size=CHUNK_BYTES)
+        try:
+            for chunk in chunks:
+                stop.check()
+                with _translating(uri):
                     file.write(chunk)
-        except BaseException as error:
+            stop.check()
+            with _translating(uri):
+                file.close()
+        except BaseException:
+            with contextlib.suppress(Exception):
+                file.close()  # publishes what there is, and so would the end of a file that nobody closed
             with contextlib.suppress(Exception):
                 self.fs.rm_file(path)
-            if isinstance(error, TaskckptError) or not isinstance(error, Exception):
-                raise
-            raise translated(error, uri) from error
+            raise
 
     # --- deleting ------------------------------------------------------------------------------
 
@@ -253,19 +263,29 @@ class MemoryStore(FsspecStore):
 # --- errors ------------------------------------------------------------------------------------
 
 _DENIED_CODES = {
-    "AccessDenied", "AccountProblem", "AllAccessDisabled", "ExpiredToken", "ExpiredTokenException",
-    "InvalidAccessKeyId", "InvalidSecurity", "InvalidToken", "InvalidClientTokenId", "RequestTimeTooSkewed", "SignatureDoesNotMatch",
-    "TokenRefreshRequired", "AuthorizationHeaderMalformed", "UnrecognizedClientException",
-}  # fmt: skip
+    *("AccessDenied", "AccountProblem", "AllAccessDisabled", "AuthorizationHeaderMalformed", "ExpiredToken"),
+    *("ExpiredTokenException", "InvalidAccessKeyId", "InvalidClientTokenId", "InvalidSecurity", "InvalidToken"),
+    *("RequestTimeTooSkewed", "SignatureDoesNotMatch", "TokenRefreshRequired", "UnrecognizedClientException"),
+}
 _DENIED_TYPES = {
-    "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError",
-    "ProfileNotFound",
-    "SSOTokenLoadError", "UnauthorizedSSOTokenError", "NoAuthTokenError", "DefaultCredentialsError", "RefreshError",
-    "ClientAuthenticationError",
-}  # fmt: skip
+    *("ClientAuthenticationError", "CredentialRetrievalError", "DefaultCredentialsError", "NoAuthTokenError"),
+    *("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "RefreshError", "SSOTokenLoadError"),
+    *("TokenRetrievalError", "UnauthorizedSSOTokenError"),
+}
 _USAGE_TYPES = {"ParamValidationError", "UnknownServiceError", "InvalidRegionError", "UnknownRegionError"}
 _CONFLICT_CODES = {"PreconditionFailed", "412"}
 _PASSING_STATUS = {408, 409, 425, 429}
+RANGE_NOT_SATISFIABLE = 416
+
+
+@contextlib.contextmanager
+def _translating(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except TaskckptError:
+        raise
+    except Exception as error:
+        raise translated(error, uri) from error
 
 
 def translated(error: BaseException, uri: str) -> TaskckptError:

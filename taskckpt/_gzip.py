@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 from taskckpt.errors import CorruptCheckpointError
 
@@ -67,7 +67,7 @@ class _Codec:
     deflate: Callable[[memoryview, int], bytes]
     crc32: Callable[[memoryview], int]
     new_decompressor: Callable[[], _Decompressor]
-    failures: tuple[type[Exception], ...]
+    error: type[Exception]
 
 
 @functools.cache
@@ -82,13 +82,13 @@ def _codec() -> _Codec:
             lambda data, level: zlib.compress(data, level, -15),
             zlib.crc32,
             lambda: zlib.decompressobj(wbits=31),
-            (zlib.error,),
+            zlib.error,
         )
     return _Codec(
         lambda data, level: bytes(isal_zlib.compress(data, level, -15)),
         isal_zlib.crc32,
         lambda: isal_zlib.decompressobj(wbits=31),
-        (isal_zlib.error,),
+        cast("type[Exception]", isal_zlib.error),  # its stubs say that it is an instance
     )
 
 
@@ -190,7 +190,7 @@ def decompress(chunks: Iterable[bytes | memoryview]) -> Iterator[bytes]:
             rest: bytes | memoryview = view[start : start + _FEED_BYTES]
             while len(rest):
                 decompressor = decompressor or codec.new_decompressor()
-                yield from _inflate(decompressor, rest, codec.failures)
+                yield from _inflate(decompressor, rest, codec.error)
                 rest = b""
                 if decompressor.eof:
                     rest, decompressor = decompressor.unused_data, None
@@ -198,12 +198,12 @@ def decompress(chunks: Iterable[bytes | memoryview]) -> Iterator[bytes]:
         raise CorruptCheckpointError("The gzip stream is damaged: it ends too early.")
 
 
-def _inflate(decompressor: _Decompressor, data: bytes | memoryview, failures: tuple[type[Exception], ...]) -> Iterator[bytes]:
+def _inflate(decompressor: _Decompressor, data: bytes | memoryview, failure: type[Exception]) -> Iterator[bytes]:
     """Everything that one piece of input gives, in bounded pieces."""
     while not decompressor.eof:
         try:
             piece = decompressor.decompress(data, PIECE_BYTES)
-        except failures as error:
+        except failure as error:
             raise CorruptCheckpointError(f"The gzip stream is damaged: {error}.") from error
         if piece:
             yield piece

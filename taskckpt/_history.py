@@ -133,11 +133,23 @@ class LogReader:
                 found.append(Damaged(slot, missing))
         return found
 
-    def walk(self, view: View) -> Iterator[Found]:
+    def expect_top(self, view: View) -> None:
+        """Raises LogMoved unless the log still ends where the view does.
+
+        While a record was on its way, its slot may have been pruned (64 slots further on) and filled again
+        by a claim that came too late: such a claim knows nothing of what was saved meanwhile.
+        """
+        if self.look().top != view.top:
+            raise LogMoved
+
+    def walk(self, view: View, *, confirm: bool = False) -> Iterator[Found]:
         """What a load meets, newest first: it jumps from claims to their head, and ends at a clear.
 
         Of the commits, only those that the newest one retains are followed: others may be half deleted.
+        With ``confirm``, a claim or join at the top is believed only after a second listing. (A writer lists
+        again anyway, and commits are never pruned from slots that a late commit could fill.)
         """
+        known = {name for name in view.names.get(view.top, ()) if name in self._cache}
         pending = {view.top} if view.top else set()
         seen: set[int] = set()
         newest: Commit | None = None
@@ -148,6 +160,8 @@ class LogReader:
                 continue
             seen.add(slot)
             for found in self.read_slot(view, slot):
+                if confirm and not known and slot == view.top and isinstance(found, (Claim, Join)):
+                    self.expect_top(view)
                 if isinstance(found, Commit):
                     newest = newest or found
                     if not _retains(newest, found.stamp.slot):
@@ -187,19 +201,13 @@ class LogReader:
                 return Survey(view, owner, found, tuple(unreadable))
         return Survey(view, owner, None, tuple(unreadable))
 
-    def claims(self, owner: ClaimId | None, *, at_most: int) -> Iterator[Claim]:
-        """The claims from ``owner`` downwards: each names the one that it replaced."""
-        for _ in range(at_most):
-            if owner is None:
-                return
-            try:
-                record = self.read(SlotName(owner.slot, None))
-            except (NotFoundError, CorruptCheckpointError):
-                return
-            if not isinstance(record, Claim):
-                return
-            yield record
-            owner = record.replaces
+    def sources(self, view: View, *, at_most: int) -> tuple[str, ...]:
+        """Where the newest claim that says so comes from; looks at no more than ``at_most`` records."""
+        for slot in sorted(view.slots, reverse=True)[:at_most]:
+            for found in self.read_slot(view, slot):
+                if isinstance(found, Claim) and found.continues_from:
+                    return found.continues_from
+        return ()
 
 
 def _retains(newest: Commit, slot: int) -> bool:

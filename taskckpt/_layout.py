@@ -20,8 +20,8 @@ HIGHEST_SLOT = 10**SLOT_DIGITS - 1
 KEYED_RUN = "by-key"
 LOCAL_RUN = "local"
 
-_SLOT_NAME = re.compile(rf"(\d{{{SLOT_DIGITS}}})-(\d{{{SLOT_DIGITS}}})(?:-([0-9a-f]{{16}}))?\.jsonl")
-_CLAIM_FOLDER = re.compile(rf"(\d{{{SLOT_DIGITS}}})-([0-9a-f]{{16}})")
+_SLOT_NAME = re.compile(rf"([0-9]{{{SLOT_DIGITS}}})-([0-9]{{{SLOT_DIGITS}}})(?:-([0-9a-f]{{16}}))?\.jsonl")
+_CLAIM_FOLDER = re.compile(rf"([0-9]{{{SLOT_DIGITS}}})-([0-9a-f]{{16}})")
 
 # Upper case is left out on purpose: disks that ignore case would put "Train" and "train" in one folder.
 _PLAIN_NAME = re.compile(r"[a-z0-9_-](?:[a-z0-9._-]{0,78}[a-z0-9_-])?")
@@ -81,7 +81,7 @@ def folder_name(name: str) -> str:
 
     A plain name (lower case, digits, ``.``, ``_``, ``-``; at most 80 characters) stays as it is.
     Anything else keeps a readable part and gets a digest of the whole name: ``train(lr=0.1)`` becomes
-    ``train-lr-0.1-.`` and 16 hex digits of its SHA-256.
+    ``train-lr-0.1.`` and 16 hex digits of its SHA-256.
 
     >>> folder_name("nightly-etl")
     'nightly-etl'
@@ -90,15 +90,21 @@ def folder_name(name: str) -> str:
     """
     if _PLAIN_NAME.fullmatch(name) and not _ENDS_LIKE_A_DIGEST.search(name[-17:]) and not _DEVICE_NAME.fullmatch(name):
         return name
+    return _escaped(name)
+
+
+def _escaped(name: str) -> str:
     # surrogatepass: names may come from file names and variables that are no valid Unicode.
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     readable = _NOT_ALLOWED.sub("-", name).strip("-.").replace("..", ".")[:60].rstrip("-.")
+    if _DEVICE_NAME.fullmatch(readable.lower()):
+        readable = f"_{readable}"  # to Windows, con.txt is the device con as well
     return f"{readable or 'task'}.{digest}"
 
 
 def run_folder(run: str) -> str:
     """The folder of a run. The reserved name is escaped like any name that is not plain."""
-    return folder_name(run) if run != KEYED_RUN else folder_name(run + "/")
+    return folder_name(run) if run != KEYED_RUN else _escaped(run)
 
 
 def task_prefix(run: str, task: str) -> str:

@@ -8,6 +8,7 @@ own last one. So whoever has claimed the task later is met there, and a stale at
 from __future__ import annotations
 
 import logging
+import random
 import secrets
 import warnings
 from collections.abc import Callable, Mapping
@@ -40,8 +41,8 @@ logger = logging.getLogger("taskckpt")
 MAX_ROUNDS = 64
 # How often a slot that is said to be taken, but cannot be read, is looked at again.
 SETTLE_TRIES = 6
-# How many claims down a child process looks for the one of its own attempt.
-MAX_CLAIMS_BACK = 64
+# How many earlier claims a claim names. Whoever finds its own nonce among them is stale.
+MAX_FENCED = 16
 MAX_SOURCES = 16
 
 RecordT = TypeVar("RecordT", Commit, Clear)
@@ -49,6 +50,12 @@ RecordT = TypeVar("RecordT", Commit, Clear)
 
 def new_nonce() -> str:
     return secrets.token_hex(8)
+
+
+class _ClaimDenied(Exception):  # noqa: N818 - caught in this room: only a load may go on without a claim
+    def __init__(self, error: DeniedError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class TaskLog:
@@ -87,10 +94,12 @@ class TaskLog:
         self._retention: Retention | None = None
         self._resumed: Kept | None = None
         self._count = 0
+        self._adopted = 0
         self._number = 0
         self._swept = False
         self._dropped: list[int] = []
         self._unsettled: list[Commit] = []
+        self._late_slots: set[int] = set()  # a request that was given up may still be on its way there
         self._delete_failed = False
 
     # --- taking the task over ------------------------------------------------------------------
@@ -117,49 +126,58 @@ class TaskLog:
         for _ in range(MAX_ROUNDS):
             view = self.reader.look()
             try:
-                survey = self.reader.survey(view)
+                held = self._held_view(view, stop)
             except LogMoved:
                 continue
-            if self._claim is not None:
-                self._expect_own(survey)
-                return view
-            try:
-                held = self._take(survey, stop)
-            except DeniedError as error:
+            except _ClaimDenied as denied:
                 if to_write:
-                    raise
-                logger.warning("This attempt may read its task's log but not write it; saving will fail: %s", error)
+                    raise denied.error from None
+                logger.warning("This attempt may read its log but not write it; saving will fail: %s", denied.error)
                 return view
             if held is not None:
                 return held
         raise self._crowded()
 
+    def _held_view(self, view: View, stop: Stop) -> View | None:
+        survey = self.reader.survey(view)
+        if self._claim is None:
+            return self._take(survey, stop)
+        if survey.owner is not None and survey.owner.nonce != self._nonce:
+            raise self._fence_if_confirmed(survey)
+        return view
+
     def _take(self, survey: Survey, stop: Stop) -> View | None:
         if survey.owner is not None and survey.owner.nonce == self._nonce:
             return self._join(survey, stop)
-        if self._inherited:
-            self._expect_never_claimed(survey)
+        if survey.owner is not None and self._nonce in survey.owner.fenced:
+            # Our parent, our child or a claim of our own whose reply was lost had the task, and lost it.
+            raise self._fence_if_confirmed(survey)
         return self._make_claim(survey, stop)
 
     def _make_claim(self, survey: Survey, stop: Stop) -> View | None:
         """One try to claim the slot above everything; None if it has to be tried again."""
         slot = survey.view.top + 1
+        claim_id = ClaimId(slot, self._nonce, _fenced_by(survey.owner))
         claim = Claim(
-            self._stamp(slot, ClaimId(slot, self._nonce), new_nonce()),
+            self._stamp(slot, claim_id, new_nonce()),
             head=survey.head.stamp.slot if survey.head else None,
             unreadable=survey.unreadable,
-            replaces=survey.owner,
             continues_from=_merged(self._sources, self._sources_before(survey)),
         )
-        holder = self._create(claim, stop)
+        try:
+            holder = self._create(claim, stop)
+        except DeniedError as error:
+            raise _ClaimDenied(error) from error
         if holder is not None and holder.stamp.nonce != claim.stamp.nonce:
             return None
         if not self._store.exclusive:
             self._probe(claim, stop)
         view = self.reader.look()
-        if view.top > slot and not self._still_ours(view, slot):
+        if view.top > slot:
+            # Our child joined already: join it. A newer attempt: we are stale. Else our claim filled a slot
+            # that others had left behind, and fences nobody: claim again. The next round tells.
             return None
-        self._begin(ClaimId(slot, self._nonce), slot, survey)
+        self._begin(claim_id, slot, survey)
         logger.debug("Claimed %s in slot %d.", self._store.uri, slot)
         return view
 
@@ -167,19 +185,7 @@ class TaskLog:
         """Where earlier attempts said that the task comes from, as long as nothing was saved since."""
         if survey.head is not None or survey.owner is None:
             return ()
-        return next((claim.continues_from for claim in self.reader.claims(survey.owner, at_most=1)), ())
-
-    def _still_ours(self, view: View, slot: int) -> bool:
-        """Records appeared above our new claim: by our own child, a newer attempt, or into a hole?"""
-        try:
-            owner = self.reader.survey(view).owner
-        except LogMoved:
-            return False
-        if owner is not None and owner.nonce == self._nonce:
-            return True
-        if owner is not None and owner.slot > slot:
-            raise self._fence(owner)
-        return False  # our claim filled a slot that others had left behind: it fences nobody
+        return self.reader.sources(survey.view, at_most=2)
 
     def _probe(self, claim: Claim, stop: Stop) -> None:
         """Creates our own claim a second time, which the store must refuse."""
@@ -224,19 +230,13 @@ class TaskLog:
         if isinstance(head, Commit) and head.stamp.claim == claim:
             self._count = head.count
 
-    def _expect_never_claimed(self, survey: Survey) -> None:
-        """A child whose attempt claimed and was fenced before the child looked must not claim anew."""
-        for claim in self.reader.claims(survey.owner, at_most=MAX_CLAIMS_BACK):
-            if claim.replaces is not None and claim.replaces.nonce == self._nonce:
-                raise self._fence(claim.stamp.claim)
-
-    def _expect_own(self, survey: Survey) -> None:
-        if (
-            survey.owner is not None
-            and survey.owner.nonce != self._nonce
-            and survey.owner.slot > self._own_claim().slot
-        ):
-            raise self._fence(survey.owner)
+    def _fence_if_confirmed(self, survey: Survey) -> StaleAttemptError | LogMoved:
+        """What to raise when the newest record is another attempt's: stale, if it is the newest indeed."""
+        try:
+            self.reader.expect_top(survey.view)
+        except LogMoved as moved:
+            return moved
+        return self._fence(survey.owner)
 
     # --- adding records ------------------------------------------------------------------------
 
@@ -297,7 +297,7 @@ class TaskLog:
             if claim is not None and (claim[0] < self._own_claim().slot or (claim[0] == self._first and sole_writer)):
                 keys.append(f"{DATA}/{name}")
         self._resumed = None
-        self._dropped += [kept.slot for kept in known if kept.slot > self._first]
+        self._drop(known)
         self._delete_quietly(sorted(set(keys)))
         self._delete_dead_records()
 
@@ -306,12 +306,13 @@ class TaskLog:
             record = build(self._last + 1)
             holder = self._create_settling(record, stop)
             if holder is None or holder.stamp.nonce == record.stamp.nonce:
-                self._last = record.stamp.slot
+                self._last = max(self._last, record.stamp.slot)
                 return record
             if holder.stamp.claim.nonce != self._nonce:
                 raise self._fence(holder.stamp.claim, holder)
             if holder.stamp.writer == self._writer:
-                self._last = holder.stamp.slot  # an earlier save of ours, whose outcome we never heard
+                # An earlier save of ours whose outcome we never heard, or one from a signal handler just now.
+                self._last = max(self._last, holder.stamp.slot)
                 if isinstance(holder, Commit):
                     self._adopt(holder)
                     self._settle(holder.stamp.slot, but=holder)
@@ -325,6 +326,7 @@ class TaskLog:
         except StorageFullError:
             raise
         except UnavailableError as error:
+            self._late_slots.add(record.stamp.slot)
             if isinstance(record, Commit):
                 self._unsettled.append(record)
             raise CommitUnknownError(
@@ -366,15 +368,17 @@ class TaskLog:
 
     def _rejoin(self, stop: Stop) -> None:
         """A child process of ours wrote meanwhile: go on above it."""
-        for _ in range(MAX_ROUNDS):
+        for number in range(MAX_ROUNDS):
             try:
                 survey = self.reader.survey(self.reader.look())
+                if survey.owner is None or survey.owner.nonce != self._nonce:
+                    raise self._fence_if_confirmed(survey)
+                if self._join(survey, stop) is not None:
+                    return
             except LogMoved:
                 continue
-            if survey.owner is None or survey.owner.nonce != self._nonce:
-                raise self._fence(survey.owner)
-            if self._join(survey, stop) is not None:
-                return
+            # Two processes that save all the time could join past each other for ever.
+            stop.sleep(random.uniform(0, 0.001 * 2 ** min(number, 8)))  # noqa: S311 - jitter, no secret
         raise self._crowded()
 
     # --- what stays and what goes --------------------------------------------------------------
@@ -414,10 +418,17 @@ class TaskLog:
 
     def _adopt(self, commit: Commit) -> None:
         """Our commit exists: what it retains no more is deleted."""
+        if commit.stamp.slot <= self._adopted:
+            return  # a save from a signal handler came in between, and met this one
+        self._adopted = commit.stamp.slot
         dropped = self._retained().committed(commit, protected=self._protected())
         self._count = commit.count
-        self._dropped += [kept.slot for kept in dropped if kept.slot > self._first]
+        self._drop(dropped)
         self._delete_quietly([kept.key for kept in dropped if kept.key is not None])
+
+    def _drop(self, kept: list[Kept]) -> None:
+        """Notes records of ours that may be deleted later; a late request must not find its slot empty."""
+        self._dropped += [one.slot for one in kept if one.slot > self._first and one.slot not in self._late_slots]
 
     def _settle(self, slot: int, but: Commit | None = None) -> None:
         """A slot is filled: earlier saves that might have got it did not, so their payloads go."""
@@ -502,18 +513,25 @@ class TaskLog:
 
 
 def _is_dead(key: str, claim_slot: int) -> bool:
-    """Whether a half-written object belongs to a claim, or would fill a slot, below ours."""
+    """Whether a half-written object belongs to a claim below ours, or would fill a slot up to our claim's.
+
+    Our claim's own slot too: the attempt before us may have been killed at a record for the very same slot.
+    """
     claim = claim_of_payload(key)
     if claim is not None:
         return claim[0] < claim_slot
     name = parse_slot_name(key.rpartition("/")[2])
-    return name is not None and name.slot < claim_slot
+    return name is not None and name.slot <= claim_slot
 
 
 def _who(record: Record) -> str:
     about = record.stamp.about
     parts = [f"{word} {about[word]}" for word in ("attempt", "host", "pid") if about.get(word) is not None]
     return ", ".join([*parts, record.stamp.time])
+
+
+def _fenced_by(owner: ClaimId | None) -> tuple[str, ...]:
+    return () if owner is None else (owner.nonce, *owner.fenced)[:MAX_FENCED]
 
 
 def _merged(first: tuple[str, ...], then: tuple[str, ...]) -> tuple[str, ...]:

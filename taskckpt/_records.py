@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 from blake3 import blake3
@@ -24,13 +25,23 @@ INLINE_LIMIT_BYTES = 64 * 1024
 
 Kind = Literal["bytes", "file", "folder"]
 
+_MODE = re.compile("[0-7]{1,4}")
+_MTIME = re.compile("-?[0-9]{1,19}")
+# Payloads are deleted by the keys that records give: no record may name what lies elsewhere.
+_KEY = re.compile(r"data/[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)*")
+
 
 @dataclass(frozen=True, slots=True)
 class ClaimId:
-    """Which claim a record belongs to. The nonce is shared by an attempt and its child processes."""
+    """Which claim a record belongs to. The nonce is shared by an attempt and its child processes.
+
+    ``fenced`` are the nonces of the claims before it, newest first: whoever finds its own among them knows
+    that it is stale, from whichever record it read.
+    """
 
     slot: int
     nonce: str
+    fenced: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +99,6 @@ class Claim:
     stamp: Stamp
     head: int | None
     unreadable: tuple[int, ...] = ()
-    replaces: ClaimId | None = None
     continues_from: tuple[str, ...] = ()
 
 
@@ -123,17 +133,8 @@ class Clear:
 
 
 Record: TypeAlias = Claim | Join | Commit | Clear
-RecordT = TypeVar("RecordT", Claim, Join, Commit, Clear)
 
 _KIND_OF: Mapping[type, str] = {Claim: "claim", Join: "join", Commit: "commit", Clear: "clear"}
-
-
-def moved_to(record: RecordT, slot: int) -> RecordT:
-    """The same record for another slot (a claim names its own slot as its claim's)."""
-    stamp = replace(record.stamp, slot=slot)
-    if isinstance(record, Claim):
-        stamp = replace(stamp, claim=ClaimId(slot, stamp.claim.nonce))
-    return replace(record, stamp=stamp)
 
 
 # --- writing -----------------------------------------------------------------------------------
@@ -157,7 +158,6 @@ def encode(record: Record) -> bytes:
             body |= {
                 "head": record.head,
                 "unreadable": list(record.unreadable),
-                "replaces": record.replaces and _claim_to_json(record.replaces),
                 "continues_from": list(record.continues_from),
             }
         case Join():
@@ -179,7 +179,7 @@ def encode(record: Record) -> bytes:
 
 
 def _claim_to_json(claim: ClaimId) -> dict[str, Any]:
-    return {"slot": claim.slot, "nonce": claim.nonce}
+    return {"slot": claim.slot, "nonce": claim.nonce, "fenced": list(claim.fenced)}
 
 
 def _checkpoint_to_json(content: Content, stored: Stored) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def decode(data: bytes, *, slot: int, uri: str) -> Record:
     """
     body = _checked_body(data, uri)
     version = body.get("format")
-    if not isinstance(version, int) or version != FORMAT:
+    if type(version) is not int or version != FORMAT:  # True == 1
         raise UnsupportedFormatError(
             f"Record {slot} has format version {version!r}; this taskckpt reads version {FORMAT}.",
             uri=uri,
@@ -256,7 +256,7 @@ def _checked_body(data: bytes, uri: str) -> dict[str, Any]:
         what = "cut short" if not second.endswith(b"\n") else "damaged: its digest does not fit"
         raise CorruptCheckpointError(f"A record is {what} ({len(data)} bytes).", uri=uri)
     try:
-        body = json.loads(first)
+        body = json.loads(first.decode("utf-8"))  # given bytes, json would guess UTF-16 too
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpointError("A record is no JSON object.", uri=uri) from error
     if not isinstance(body, dict):
@@ -275,12 +275,10 @@ def _from_body(body: _Reader) -> Record | None:
     )
     match body.string("kind"):
         case "claim":
-            replaces = body.optional("replaces", _Reader.object)
             return Claim(
                 stamp,
                 head=body.optional("head", _Reader.integer),
                 unreadable=body.integers("unreadable"),
-                replaces=None if replaces is None else _claim_from(replaces),
                 continues_from=body.strings("continues_from"),
             )
         case "join":
@@ -305,7 +303,7 @@ def _from_body(body: _Reader) -> Record | None:
 
 
 def _claim_from(body: _Reader) -> ClaimId:
-    return ClaimId(body.integer("slot"), body.string("nonce"))
+    return ClaimId(body.integer("slot"), body.string("nonce"), body.strings("fenced"))
 
 
 def _content_from(body: _Reader) -> Content:
@@ -319,8 +317,8 @@ def _content_from(body: _Reader) -> Content:
         kind=cast("Kind", kind),
         digest=_digest_from(body.object("content")),
         name=None if name is None else name.decode("utf-8", "surrogateescape"),
-        mode=None if mode is None else _number(mode, 8),
-        mtime_ns=None if mtime_ns is None else _number(mtime_ns, 10),
+        mode=None if mode is None else _number(mode, _MODE, 8),
+        mtime_ns=None if mtime_ns is None else _number(mtime_ns, _MTIME, 10),
         entries=body.optional("entries", _Reader.integer),
     )
 
@@ -331,6 +329,8 @@ def _stored_from(body: _Reader) -> Stored:
     digest = _digest_from(body)
     if (inline is None) == (key is None):
         raise _Malformed("a checkpoint has either a key or inline content")
+    if key is not None and (not _KEY.fullmatch(key) or ".." in key.split("/")):
+        raise _Malformed(f"{key!r} is no key of a payload")
     if inline is not None and Digest.of(inline) != digest:
         raise _Malformed("the inline content does not fit its digest")
     return Stored(digest, key=key, inline=inline)
@@ -340,11 +340,11 @@ def _digest_from(body: _Reader) -> Digest:
     return Digest(body.integer("size"), body.string("blake3"))
 
 
-def _number(text: str, base: int) -> int:
-    try:
-        return int(text, base)
-    except ValueError as error:
-        raise _Malformed(f"{text!r} is no number") from error
+def _number(text: str, pattern: re.Pattern[str], base: int) -> int:
+    # int() alone would take signs, spaces and underscores, and more than the system call does.
+    if pattern.fullmatch(text) is None:
+        raise _Malformed(f"{text[:40]!r} is no number as expected here")
+    return int(text, base)
 
 
 class _Malformed(Exception):  # noqa: N818 - becomes CorruptCheckpointError at the door
@@ -392,12 +392,12 @@ class _Reader:
 
     def data(self, name: str) -> bytes:
         body = self.object(name)
-        if "text" in body.values:
-            return body.string("text").encode("utf-8")
         try:
+            if "text" in body.values:
+                return body.string("text").encode("utf-8")
             return base64.b64decode(body.string("base64"), validate=True)
         except ValueError as error:
-            raise _Malformed(f"field {name!r} is no base64") from error
+            raise _Malformed(f"field {name!r} is neither text nor base64") from error
 
     def optional(self, name: str, get: Callable[[_Reader, str], ValueT]) -> ValueT | None:
         return None if self.values.get(name) is None else get(self, name)

@@ -17,7 +17,6 @@ https://www.gnu.org/software/tar/manual/html_node/Standard.html
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 from zlib import adler32
@@ -47,7 +46,6 @@ _MAGIC = b"ustar\x0000"
 _GNU_MAGIC = b"ustar  \0"
 _KINDS = frozenset((FILE, LINK, SYMLINK, FOLDER))
 _UNSUPPORTED = {b"3": "a character device", b"4": "a block device", b"6": "a FIFO", b"S": "a sparse file"}
-_DECIMAL = re.compile(rb"(-?)([0-9]{1,19})(?:\.([0-9]*))?")
 
 
 class Member(NamedTuple):
@@ -211,33 +209,33 @@ def header_size(name: bytes, size: int, mtime_ns: int, target: bytes = b"") -> i
 def _number(field: bytes, what: str) -> int:
     """A number of a header: octal digits, or base-256 when the first bit is set (GNU; two's complement)."""
     digits = field.strip(b"\0 ")
-    if digits.isdigit() and not digits.translate(None, b"01234567"):
-        return int(digits, 8)
     if not digits:
         return 0
+    # int() alone would also take signs and underscores.
+    if digits.isdigit() and b"8" not in digits and b"9" not in digits:
+        return int(digits, 8)
     if field[0] in (0x80, 0xFF):
         return int.from_bytes(field[1:], "big") - (256 ** (len(field) - 1) if field[0] == 0xFF else 0)
     raise CorruptCheckpointError(f"The archive is damaged: a header's {what} is not a number.")
 
 
-def _checksum_fits(block: bytes) -> bool:
-    digits = block[148:156].strip(b"\0 ")
-    if not digits.isdigit() or digits.translate(None, b"01234567"):
+def is_header(block: bytes) -> bool:
+    """Whether this is a ustar or GNU header with a right checksum; a block of zeros is not."""
+    if len(block) != BLOCK or block[257:265] not in (_MAGIC, _GNU_MAGIC):
+        return False
+    field = block[148:156]
+    digits = field.strip(b"\0 ")
+    if not digits.isdigit() or b"8" in digits or b"9" in digits:
         return False
     expected = int(digits, 8)
-    # The field itself counts as 8 spaces; the halves are short enough for _byte_sum's trick.
+    # The field itself counts as 8 spaces; both halves are short enough for _byte_sum's trick.
     halves = (adler32(block[:256]) & 0xFFFF) + (adler32(block[256:]) & 0xFFFF) - 2
-    total = halves - (adler32(block[148:156]) & 0xFFFF) + 1 + 256
+    total = halves - (adler32(field) & 0xFFFF) + 1 + 256
     if total == expected:
         return True
     # Some old writers summed signed bytes.
     rest = block[:148] + block[156:]
     return total - 256 * sum(byte > 127 for byte in rest) == expected
-
-
-def is_header(block: bytes) -> bool:
-    """Whether this is a ustar or GNU header with a right checksum; a block of zeros is not."""
-    return len(block) == BLOCK and block[257:265] in (_MAGIC, _GNU_MAGIC) and _checksum_fits(block)
 
 
 def _text(field: bytes) -> bytes:
@@ -261,12 +259,11 @@ def _pax(data: bytes) -> dict[bytes, bytes]:
 
 
 def _pax_time(value: bytes) -> int:
-    match = _DECIMAL.fullmatch(value)
-    if match is None:
+    whole, _, fraction = value.removeprefix(b"-").partition(b".")
+    if not whole.isdigit() or len(whole) > 19 or (fraction and not fraction.isdigit()):
         raise CorruptCheckpointError("The archive is damaged: a pax mtime is not a decimal number.")
-    sign, seconds, fraction = match.groups()
-    total = int(seconds) * _NS + int((fraction or b"")[:9].ljust(9, b"0"))
-    return -total if sign else total
+    total = int(whole) * _NS + int(fraction[:9].ljust(9, b"0"))
+    return -total if value[0] == 0x2D else total
 
 
 def _pax_size(value: bytes) -> int:
@@ -305,6 +302,8 @@ class Reader(Iterator[Member]):
         while True:
             block = self._take(BLOCK)
             kind = block[156:157]
+            if kind in _KINDS:
+                break
             if kind == b"x" and records is None and not long_names:
                 records = _pax(self._extended(block))
             elif kind == b"g" and records is None and not long_names:
@@ -360,7 +359,11 @@ class Reader(Iterator[Member]):
         while self.remaining:
             self.read()
         if self._padding:
-            self._take(self._padding)
+            end = self._position + self._padding
+            if end <= len(self._data):
+                self._position = end
+            else:
+                self._take(self._padding)
             self._padding = 0
 
     def _extended(self, block: bytes) -> bytes:

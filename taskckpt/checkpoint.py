@@ -350,6 +350,7 @@ class Checkpoint:
 
     def _save(self, data: Data, stop: Stop) -> None:
         self._expect_writable("save")
+        self._expect_outside(data)
         _payload.source_of(data)  # what cannot be saved is refused before anything is written
         store = self._open()
         with self._exclusively(stop):
@@ -417,6 +418,17 @@ class Checkpoint:
                 uri=self.remote_destination,
                 hint="Use the task's own checkpoint: taskckpt.checkpoint() or Checkpoint(dest).",
             )
+
+    def _expect_outside(self, data: object) -> None:
+        """A folder that holds its own checkpoints would be saved with all of them, for ever growing."""
+        if self._dest.is_local and isinstance(data, (str, os.PathLike)) and os.path.isdir(data):
+            folder, place = os.path.realpath(data), os.path.realpath(self._dest.path)
+            if os.path.commonpath((os.fspath(folder), place)) == os.fspath(folder):
+                raise UsageError(
+                    "The folder to be saved contains the place that it is saved to.",
+                    uri=self.remote_destination,
+                    hint="Save a subfolder, or set TASKCKPT_BASE to a place outside.",
+                )
 
     def _open(self) -> Store:
         self._notice_fork()

@@ -11,19 +11,20 @@ import hashlib
 import logging
 import os
 import platform
+import sys
 import threading
 import weakref
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from taskckpt import engines
 from taskckpt._layout import LOCAL_RUN, keyed_prefix, task_prefix
 from taskckpt._log import new_nonce
-from taskckpt._store import Location, parse
+from taskckpt._store import Location, is_unset, parse
 from taskckpt.errors import AmbiguousIdentityError, NoTaskContextError, UsageError
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("taskckpt")
 
 DEFAULT_BASE = ".taskckpt"
+# The origin of a value that nobody gave.
+MADE_UP = "made up"
 
 # What a task hands down to its child processes.
 BASE, RUN, TASK, ATTEMPT, KEY, KEEP = (f"TASKCKPT_{n}" for n in ("BASE", "RUN", "TASK", "ATTEMPT", "KEY", "KEEP"))
@@ -74,6 +77,7 @@ class TaskContext:
     timeout_s: float = 300
     parent: TaskContext | None = field(default=None, repr=False)
     _handed_nonce: str | None = field(default=None, repr=False)
+    _made_in: int = field(default_factory=os.getpid, repr=False)
 
     @property
     def place(self) -> Location:
@@ -101,19 +105,36 @@ class TaskContext:
             storage_options=dict(self.storage_options),
             timeout_s=self.timeout_s,
             claim_nonce=self._nonce,
-            inherited=self._handed_nonce is not None,
+            inherited=self._handed_nonce is not None or self._made_in != os.getpid(),
             about={"run": self.run, "task": self.task, "attempt": self.attempt},
         )
 
     def environ(self) -> dict[str, str]:
-        """What a child process needs in its environment to be part of this attempt."""
-        values = {BASE: self.base, RUN: self.run, CLAIMS: f"{_digest(self.place)}:{self._nonce}"}
-        values[KEEP] = "all" if self.keep is None else str(self.keep)
-        values |= {TASK: self.task} if self.key is None else {KEY: self.key}
-        return values | ({} if self.attempt is None else {ATTEMPT: str(self.attempt)})
+        """What a child process needs in its environment to be part of this attempt.
+
+        All of it, so that ``{**os.environ, **ctx().environ()}`` says one thing: what does not apply is blank.
+        """
+        return {
+            BASE: self.base,
+            RUN: self.run,
+            TASK: self.task if self.key is None else "",
+            KEY: self.key or "",
+            ATTEMPT: "" if self.attempt is None else str(self.attempt),
+            KEEP: "all" if self.keep is None else str(self.keep),
+            CLAIMS: _claims(self),
+            AMBIGUOUS: "",
+        }
 
 
 _current: ContextVar[TaskContext | None] = ContextVar("taskckpt_task", default=None)
+
+
+class _Running(NamedTuple):
+    """A task that runs here. ``older`` are the threads that it did not start, ``strand`` is what runs it."""
+
+    context: TaskContext
+    older: weakref.WeakSet[threading.Thread]
+    strand: object
 
 
 class _Process:
@@ -121,10 +142,11 @@ class _Process:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.running: dict[int, tuple[TaskContext, weakref.WeakSet[threading.Thread]]] = {}
+        self.running: dict[int, _Running] = {}
         self.environ_before: dict[str, str] | None = None
         self.implicit_base: str | None = None
         self.contexts: dict[tuple[str, ...], TaskContext] = {}
+        self.heard_parent_in = 0
 
 
 _process = _Process()
@@ -144,6 +166,15 @@ def ctx() -> TaskContext | None:
         AmbiguousIdentityError: This thread, or the parent of this process, ran several tasks at once.
     """
     return _current.get() or _of_thread() or _of_process()
+
+
+def around() -> TaskContext | None:
+    """The task that a call of another task is part of.
+
+    Only what the calling code itself says, or this process's environment: who else happens to run in other
+    threads right now would make the identity of a task depend on timing.
+    """
+    return _current.get() or _of_process()
 
 
 def checkpoint(key: str | None = None) -> Checkpoint:
@@ -171,7 +202,7 @@ def default_base(base: Target | None = None) -> str:
     """The base: as given, else ``TASKCKPT_BASE``, else the engine's, else ``./.taskckpt`` as of its first use."""
     if base is not None:
         return parse(base, what="base").uri
-    given = _own_environ().get(BASE)
+    given = _given(BASE)
     if given:
         return parse(given, what=BASE).uri
     engine = engines.detect()
@@ -194,17 +225,27 @@ def default_base(base: Target | None = None) -> str:
 def default_run(run: str | None = None) -> str:
     """The run: as given, else ``TASKCKPT_RUN``, else the engine's, else ``local``."""
     engine = engines.detect()
-    return run or _own_environ().get(RUN) or (engine.run if engine else None) or LOCAL_RUN
+    return run or _given(RUN) or (engine.run if engine else None) or LOCAL_RUN
 
 
 def origin_of_run(run: str | None = None) -> str:
     """Where ``default_run`` found it."""
     if run:
         return "argument"
-    if _own_environ().get(RUN):
+    if _given(RUN):
         return RUN
     engine = engines.detect()
-    return engine.engine if engine else "made up"
+    return engine.engine if engine else MADE_UP
+
+
+def origin_of_base(base: Target | None = None) -> str:
+    """Where ``default_base`` found it."""
+    if base is not None:
+        return "argument"
+    if _given(BASE):
+        return BASE
+    engine = engines.detect()
+    return engine.engine if engine and engine.base else MADE_UP
 
 
 def _keyed(key: str) -> TaskContext:
@@ -214,16 +255,19 @@ def _keyed(key: str) -> TaskContext:
     current = ctx()
     if current is not None and current.key == key and current.base == base:
         return current
-    context = TaskContext(default_run(), key, None, base, key=key, origins={"task": "key="})
+    context = TaskContext(default_run(), key, None, base, key=key, origins=_origins({"task": "key="}))
     return _once(context)
+
+
+def _origins(more: Mapping[str, str]) -> dict[str, str]:
+    return {"run": origin_of_run(), "base": origin_of_base(), "attempt": "unknown", **more}
 
 
 def _of_thread() -> TaskContext | None:
     """The task that started this thread: contexts do not follow into plain threads by themselves."""
+    thread = threading.current_thread()
     with _process.lock:
-        leaves = _leaves()
-        thread = threading.current_thread()
-        mine = [context for context, older in leaves if thread not in older]
+        mine = _innermost([running for running in _process.running.values() if thread not in running.older])
     if len(mine) > 1:
         raise AmbiguousIdentityError(
             f"{len(mine)} tasks run in this process, and this thread could belong to any of them.",
@@ -232,15 +276,35 @@ def _of_thread() -> TaskContext | None:
     return mine[0] if mine else None
 
 
-def _leaves() -> list[tuple[TaskContext, weakref.WeakSet[threading.Thread]]]:
-    parents = {id(context.parent) for context, _ in _process.running.values()}
-    return [(context, older) for context, older in _process.running.values() if id(context) not in parents]
+def _innermost(running: list[_Running]) -> list[TaskContext]:
+    """Those that can start threads and processes now: not those that wait for a task that they called."""
+    strands = {id(one.context): one.strand for one in running}
+    waiting = {id(one.context.parent) for one in running if strands.get(id(one.context.parent)) is one.strand}
+    return [one.context for one in running if id(one.context) not in waiting]
+
+
+def _strand() -> object:
+    """What does one thing at a time: the current asyncio task, else the thread."""
+    asyncio = sys.modules.get("asyncio")  # not imported here: a plain task does without
+    with suppress(RuntimeError):  # no loop runs in this thread
+        return (asyncio and asyncio.current_task()) or threading.current_thread()
+    return threading.current_thread()
 
 
 def _own_environ() -> Mapping[str, str]:
     """The environment as this process got it, without what its own tasks put there for children."""
-    before = _process.environ_before
-    return os.environ if before is None else before
+    if _process.environ_before is not None:
+        return _process.environ_before
+    _hear_parent()
+    return os.environ
+
+
+def _given(name: str) -> str | None:
+    """A variable that says something. An unreplaced template would be one name for everybody."""
+    text = _own_environ().get(name)
+    if text is not None and is_unset(text) and text.strip().startswith("{{"):
+        raise UsageError(f"{name}={text!r} is a template that nobody replaced.")
+    return None if is_unset(text) else text
 
 
 def _of_process() -> TaskContext | None:
@@ -251,15 +315,17 @@ def _of_process() -> TaskContext | None:
             f"The parent of this process ran {environ[AMBIGUOUS]} tasks at once; this one could belong to any of them.",
             hint="Start it with env={**os.environ, **taskckpt.ctx().environ()}.",
         )
-    key, task = environ.get(KEY), environ.get(TASK)
+    key, task = _given(KEY), _given(TASK)
     engine = None if key or task else engines.detect()
     if not (key or task or engine):
         return None
-    origins = {
-        "task": KEY if key else TASK if task else engine.engine if engine else "",
-        "run": origin_of_run(),
-    }
-    origins["attempt"] = ATTEMPT if environ.get(ATTEMPT) else engine.engine if engine else "unknown"
+    by_engine = engine.engine if engine else "unknown"
+    origins = _origins(
+        {
+            "task": KEY if key else TASK if task else by_engine,
+            "attempt": ATTEMPT if environ.get(ATTEMPT) else by_engine,
+        }
+    )
     context = TaskContext(
         run=default_run(),
         task=key or task or (engine.task if engine else ""),
@@ -289,13 +355,24 @@ def _digest(place: Location) -> str:
 
 
 def _handed_nonce(context: TaskContext) -> str | None:
-    claims = dict(part.split(":", 1) for part in _own_environ().get(CLAIMS, "").split() if ":" in part)
-    return claims.get(_digest(context.place))
+    return _parsed_claims().get(_digest(context.place))
 
 
 def _hand_down_claim(context: TaskContext) -> None:
-    claims = [part for part in os.environ.get(CLAIMS, "").split() if not part.startswith(_digest(context.place))]
-    os.environ[CLAIMS] = " ".join([*claims, context.environ()[CLAIMS]])
+    os.environ[CLAIMS] = _claims(context)
+
+
+def _parsed_claims() -> dict[str, str]:
+    parts = _own_environ().get(CLAIMS, "").split()
+    return {digest: nonce for digest, _, nonce in (part.partition(":") for part in parts)}
+
+
+def _claims(*more: TaskContext) -> str:
+    """All claims of this process and of its parents, for children: they join what they find here."""
+    with _process.lock:
+        running = [one.context for one in _process.running.values()]
+        own = {_digest(one.place): one._nonce for one in (*_process.contexts.values(), *running, *more)}  # noqa: SLF001
+    return " ".join(f"{digest}:{nonce}" for digest, nonce in (_parsed_claims() | own).items())
 
 
 def _attempt_from(environ: Mapping[str, str]) -> int:
@@ -317,9 +394,10 @@ def _keep_from(environ: Mapping[str, str]) -> int | None:
 @contextmanager
 def running(context: TaskContext) -> Generator[TaskContext]:
     """Makes ``context`` the current task: for this code, the threads and the processes that it starts."""
-    older = weakref.WeakSet(thread for thread in threading.enumerate() if thread is not threading.current_thread())
+    # This thread too: here the context variable tells, and other coroutines of its event loop are not in the task.
+    older = weakref.WeakSet(threading.enumerate())
     with _process.lock:
-        _process.running[id(context)] = (context, older)
+        _process.running[id(context)] = _Running(context, older, _strand())
         _export()
     token = _current.set(context)
     try:
@@ -336,14 +414,42 @@ def _export() -> None:
     if _process.environ_before is None:
         _process.environ_before = dict(os.environ)
     values = {name: _process.environ_before.get(name) for name in _HANDED_DOWN}
-    leaves = _leaves()
-    if leaves:
-        values |= dict.fromkeys((TASK, KEY, ATTEMPT))
-        values |= leaves[0][0].environ() if len(leaves) == 1 else {AMBIGUOUS: str(len(leaves))}
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-    if not leaves:
+    innermost = _innermost(list(_process.running.values()))
+    if innermost:
+        unclear = dict.fromkeys((TASK, KEY, ATTEMPT)) | {AMBIGUOUS: str(len(innermost))}
+        values |= innermost[0].environ() if len(innermost) == 1 else unclear
+    values[CLAIMS] = _claims() or None
+    _set_environ(values)
+    _tell_children(values)
+    if not innermost:
         _process.environ_before = None
+
+
+def _set_environ(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value:
+            os.environ[name] = value
+        else:
+            os.environ.pop(name, None)
+
+
+# A fork server gives its children the environment of the moment when it was started, perhaps by another
+# task. So the values also go the way that multiprocessing hands its own settings (as the authkey) down.
+_SETTING = "taskckpt"
+
+
+def _tell_children(values: Mapping[str, str | None]) -> None:
+    multiprocessing = sys.modules.get("multiprocessing.process")
+    if multiprocessing is not None:
+        vars(multiprocessing.current_process())["_config"][_SETTING] = dict(values)
+
+
+def _hear_parent() -> None:
+    """Once, in a child of a fork server: takes over what the parent told it."""
+    if _process.heard_parent_in == os.getpid():
+        return
+    _process.heard_parent_in = os.getpid()
+    multiprocessing = sys.modules.get("multiprocessing.process")
+    parent = multiprocessing.parent_process() if multiprocessing is not None else None
+    if multiprocessing is not None and parent is not None and parent.pid != os.getppid():
+        _set_environ(vars(multiprocessing.current_process())["_config"].get(_SETTING, {}))

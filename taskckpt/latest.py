@@ -40,8 +40,7 @@ def latest_checkpoint(
     if root is None:
         return None
     folder = _checked_folder(root)
-    if not glob or os.path.isabs(glob):
-        raise UsageError(f"glob={glob!r} must be a relative pattern such as '**/last.ckpt'.")
+    _check_pattern(glob)
     with translating(folder):
         found = [path for path in folder.glob(glob) if _is_full_file(path)]
         if not found:
@@ -65,15 +64,24 @@ def _checked_folder(root: str | os.PathLike[str]) -> Path:
     if not text.strip():
         raise UsageError("root is blank.", hint="Pass the local folder that load() gave.")
     path = Path(text)
-    if not path.exists():
-        raise NotFoundError("root does not exist.", uri=text)
-    if not path.is_dir():
-        raise UsageError(
-            "root is a file, not a folder.",
-            uri=text,
-            hint="For bytes and files load() gives the file itself.",
-        )
-    return path
+    with translating(path):
+        if not path.exists():
+            raise NotFoundError("root does not exist.", uri=text)
+        if path.is_dir():
+            os.listdir(path)  # glob would take a folder that may not be read for an empty one
+            return path
+    raise UsageError(
+        "root is a file, not a folder.", uri=text, hint="For bytes and files load() gives the file itself."
+    )
+
+
+def _check_pattern(glob: str) -> None:
+    if not isinstance(glob, str):
+        raise UsageTypeError(f"glob must be a str, not {type(glob).__name__}.")
+    parts = glob.split("/")
+    # From Python 3.13 on a**b means a*b; before, it is an error. ".." would leave the folder.
+    if not glob or os.path.isabs(glob) or ".." in parts or any("**" in part and part != "**" for part in parts):
+        raise UsageError(f"glob={glob!r} must be a relative pattern such as '**/last.ckpt'.")
 
 
 def _is_full_file(path: Path) -> bool:

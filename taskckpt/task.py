@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import logging
-import os
-import sys
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar, overload
 
 from taskckpt import context
+from taskckpt._identity import expect_one_function, identity_of
 from taskckpt._testing import switches
 from taskckpt.context import TaskContext
 from taskckpt.errors import (
-    AmbiguousIdentityError,
     SourceChangedError,
     StaleAttemptError,
     TaskckptError,
@@ -106,6 +102,8 @@ class _Spec:
     def __post_init__(self) -> None:
         if not isinstance(self.retries, int) or isinstance(self.retries, bool) or self.retries < 0:
             raise UsageError(f"retries={self.retries!r} must be a whole number from 0 on.")
+        if not _tells_what_to_retry(self.on):
+            raise UsageTypeError("on= takes an exception class, a tuple of them, or a function that tells.")
         if min(self.wait_initial_s, self.wait_max_s) < 0:
             raise UsageError("Waiting times must not be negative.")
 
@@ -144,12 +142,12 @@ class _Spec:
                 type(error).__name__, error,
             )  # fmt: skip
 
-        instant = switches.instant_retries
+        backoff = tenacity.wait_exponential(self.wait_initial_s, self.wait_max_s) + tenacity.wait_random(
+            0, self.wait_initial_s
+        )
         return {
             "stop": tenacity.stop_after_attempt(self.retries + 1),
-            "wait": tenacity.wait_none()
-            if instant
-            else tenacity.wait_exponential_jitter(self.wait_initial_s, self.wait_max_s, jitter=self.wait_initial_s),
+            "wait": tenacity.wait_none() if switches.instant_retries else backoff,
             "retry": tenacity.retry_if_exception(self.is_retried),
             "before_sleep": tell,
             "reraise": True,
@@ -162,13 +160,11 @@ class _Call:
     def __init__(self, spec: _Spec, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
         self._spec = spec
         self._function = functools.partial(function, *args, **kwargs)
-        self._parent = context.ctx()
+        self._parent = context.around()
         self._key = _key_of(spec, args, kwargs)
-        self._task = self._key or _identity(function, args, kwargs)
+        self._task = self._key or identity_of(function, args, kwargs)
         if self._key is None and self._parent is not None:
             self._task += f" in {self._parent.task}"
-        if self._key is None:
-            _expect_one_function(function, self._task)
         self._attempts = 0
 
     def run(self) -> Any:
@@ -188,31 +184,37 @@ class _Call:
         """A new attempt: it claims the task anew, so that what an earlier one left running is fenced."""
         spec, attempt = self._spec, self._attempts
         self._attempts += 1
-        inherited = self._parent if spec.run is None and spec.base is None else None
-        return TaskContext(
-            run=inherited.run if inherited else context.default_run(spec.run),
+        run_of = self._parent if spec.run is None else None
+        base_of = self._parent if spec.base is None else None
+        made = TaskContext(
+            run=run_of.run if run_of else context.default_run(spec.run),
             task=self._task,
             attempt=attempt,
-            base=inherited.base if inherited else context.default_base(spec.base),
+            base=base_of.base if base_of else context.default_base(spec.base),
             key=self._key,
-            origins={"task": "key=" if self._key else "@task", "run": self._run_origin(), "attempt": "@task"},
+            origins=self._origins(),
             keep=spec.keep,
-            storage_options=dict(
-                spec.storage_options or (self._parent.storage_options if inherited and self._parent else {})
-            ),
+            storage_options=dict(spec.storage_options or (base_of.storage_options if base_of else {})),
             timeout_s=spec.timeout_s,
             parent=self._parent,
         )
+        if self._key is None and attempt == 0:
+            expect_one_function(self._function.func, str(made.place))
+        return made
 
-    def _run_origin(self) -> str:
-        if self._spec.run is None and self._parent is not None:
-            return self._parent.origins.get("run", "parent")
-        return context.origin_of_run(self._spec.run)
+    def _origins(self) -> dict[str, str]:
+        spec, outer = self._spec, self._parent.origins if self._parent else {}
+        return {
+            "task": "key=" if self._key else "@task",
+            "attempt": "@task",
+            "run": outer.get("run", "parent") if outer and spec.run is None else context.origin_of_run(spec.run),
+            "base": outer.get("base", "parent") if outer and spec.base is None else context.origin_of_base(spec.base),
+        }
 
     def _clears(self) -> bool:
         if self._spec.clear_on_success is not None:
             return self._spec.clear_on_success
-        return self._key is None and self._run_origin() == "made up"
+        return self._key is None and self._origins()["run"] == context.MADE_UP
 
 
 class _AsyncCall(_Call):
@@ -250,9 +252,6 @@ class _telling_only:  # noqa: N801 - reads as a verb, like contextlib.suppress
         return True
 
 
-# --- identity ----------------------------------------------------------------------------------
-
-
 def _key_of(spec: _Spec, args: Any, kwargs: Any) -> str | None:
     if spec.key is None:
         return None
@@ -262,67 +261,9 @@ def _key_of(spec: _Spec, args: Any, kwargs: Any) -> str | None:
     return key
 
 
-def _identity(function: Callable[..., Any], args: Any, kwargs: Any) -> str:
-    """The function and its arguments as one text: the same in every process that makes the same call."""
-    bound = inspect.signature(function).bind(*args, **kwargs)
-    bound.apply_defaults()
-    arguments = ", ".join(f"{name}={_canonical(value, name)}" for name, value in bound.arguments.items())
-    return f"{function.__qualname__}({arguments}) @ {_module_of(function)}"
-
-
-def _module_of(function: Callable[..., Any]) -> str:
-    if function.__module__ not in ("__main__", "__mp_main__"):
-        return str(function.__module__)
-    main = sys.modules.get(function.__module__)
-    spec = getattr(main, "__spec__", None)
-    if spec is not None and spec.name not in ("__main__", "__mp_main__"):  # python -m package.module
-        return str(spec.name).removesuffix(".__main__")
-    path: str | None = getattr(main, "__file__", None)
-    if path is None:
-        raise UsageError(
-            f"{function.__qualname__} is defined in a notebook or at a prompt, which has no stable name.",
-            hint="Name the task: @task(key='my-task').",
-        )
-    return os.path.realpath(path)
-
-
-def _canonical(value: object, name: str) -> str:
-    """A plain value as text, the same for equal values of the same type, and for no others."""
-    match value:
-        case None | bool() | int() | float() if type(value) in (type(None), bool, int, float):
-            return repr(value)
-        case str() if type(value) is str:
-            return json.dumps(value)
-        case bytes() if type(value) is bytes:
-            return repr(value)
-        case os.PathLike():
-            return f"Path({json.dumps(os.fsdecode(os.fspath(value)))})"
-        case list() | tuple() if type(value) in (list, tuple):
-            inner = ", ".join(_canonical(item, f"{name}[{index}]") for index, item in enumerate(value))
-            return f"[{inner}]" if isinstance(value, list) else f"({inner},)"
-        case dict() if type(value) is dict:
-            items = sorted((_canonical(k, name), _canonical(v, f"{name}[{k!r}]")) for k, v in value.items())
-            return "{" + ", ".join(f"{k}: {v}" for k, v in items) + "}"
-        case set() | frozenset() if type(value) in (set, frozenset):
-            return f"{type(value).__name__}({sorted(_canonical(item, name) for item in value)})"
-        case _:
-            pass
-    raise UsageError(
-        f"The argument {name} is a {type(value).__name__}: the task's identity cannot be told from it.",
-        hint="Name the task: @task(key=lambda ...: ...), from the arguments that tell calls apart.",
-    )
-
-
-_functions: weakref.WeakValueDictionary[str, Callable[..., Any]] = weakref.WeakValueDictionary()
-
-
-def _expect_one_function(function: Callable[..., Any], identity: str) -> None:
-    """Functions made in a loop share their name; if they also capture variables, they may differ in those."""
-    if not getattr(function, "__closure__", None):
-        return
-    known = _functions.setdefault(identity, function)
-    if known is not function and known.__closure__ != function.__closure__:
-        raise AmbiguousIdentityError(
-            f"Two functions called {function.__qualname__} were made here, with different variables around them.",
-            hint="Pass these as arguments, or name each task: @task(key=...).",
-        )
+def _tells_what_to_retry(on: object) -> bool:
+    """KeyboardInterrupt and its like always end the task."""
+    classes = on if isinstance(on, tuple) else (on,) if isinstance(on, type) else ()
+    if not classes:
+        return callable(on)
+    return all(isinstance(one, type) and issubclass(one, Exception) for one in classes)

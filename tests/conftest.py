@@ -61,8 +61,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def _servers_of(item: pytest.Item) -> set[str]:
     names = set(getattr(item, "fixturenames", ()))
     chosen = getattr(item, "callspec", None)
-    if chosen is not None and "s3_server" in chosen.params:
-        names.add(chosen.params["s3_server"])
+    if chosen is not None:  # fixtures with a server for a parameter: s3_server and the like
+        names |= {value for value in chosen.params.values() if isinstance(value, str)}
     return names & START.keys()
 
 

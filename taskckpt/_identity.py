@@ -1,0 +1,138 @@
+"""Which task a call is: the function and its arguments as one text, the same in every process."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from taskckpt.errors import AmbiguousIdentityError, UsageError
+
+
+def identity_of(function: Callable[..., Any], args: Any, kwargs: Any) -> str:
+    """The function and its arguments as one text: the same in every process that makes the same call."""
+    name = getattr(function, "__qualname__", None)
+    if name is None or name.endswith("<lambda>"):
+        raise UsageError(
+            "A lambda, a partial or an object has no stable name.", hint="Name the task: @task(key='my-task')."
+        )
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    arguments = ", ".join(f"{argument}={_canonical(value, argument)}" for argument, value in bound.arguments.items())
+    return f"{name}({arguments}) @ {_module_of(function)}"
+
+
+def _module_of(function: Callable[..., Any]) -> str:
+    if function.__module__ not in ("__main__", "__mp_main__"):
+        return str(function.__module__)
+    main = sys.modules.get(function.__module__)
+    spec = getattr(main, "__spec__", None)
+    if spec is not None and spec.name not in ("__main__", "__mp_main__"):  # python -m package.module
+        return str(spec.name).removesuffix(".__main__")
+    path: str | None = getattr(main, "__file__", None)
+    if path is None:
+        raise UsageError(
+            f"{function.__qualname__} is defined in a notebook or at a prompt, which has no stable name.",
+            hint="Name the task: @task(key='my-task').",
+        )
+    return os.path.realpath(path)
+
+
+def _canonical(value: object, name: str) -> str:
+    """A plain value as text, the same for equal values of the same type, and for no others."""
+    match value:
+        case None | bool() | int() | float() if type(value) in (type(None), bool, int, float):
+            return repr(value)
+        case str() if type(value) is str:
+            return json.dumps(value)
+        case bytes() if type(value) is bytes:
+            return repr(value)
+        case os.PathLike():
+            return f"Path({json.dumps(os.fsdecode(os.fspath(value)))})"
+        case list() | tuple() if type(value) in (list, tuple):
+            inner = ", ".join(_canonical(item, f"{name}[{index}]") for index, item in enumerate(value))
+            return f"[{inner}]" if isinstance(value, list) else f"({inner},)"
+        case dict() if type(value) is dict:
+            items = sorted((_canonical(k, name), _canonical(v, f"{name}[{k!r}]")) for k, v in value.items())
+            return "{" + ", ".join(f"{k}: {v}" for k, v in items) + "}"
+        case set() | frozenset() if type(value) in (set, frozenset):
+            return f"{type(value).__name__}({sorted(_canonical(item, name) for item in value)})"
+        case _:
+            pass
+    raise UsageError(
+        f"The argument {name} is a {type(value).__name__}: the task's identity cannot be told from it.",
+        hint="Name the task: @task(key=lambda ...: ...), from the arguments that tell calls apart.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """The function that was called for a place, as it was then."""
+
+    function: Callable[[], Callable[..., Any] | None]
+    code: object
+    captured: Mapping[str, object]
+
+
+_known: OrderedDict[str, _Known] = OrderedDict()
+_MOST_KNOWN = 10_000
+_lock = threading.Lock()
+
+
+def expect_one_function(function: Callable[..., Any], place: str) -> None:
+    """Functions made in a loop share their name; they must not differ in the variables that they capture."""
+    now = _Known(weakref.ref(function), getattr(function, "__code__", None), _captured(function))
+    with _lock:
+        known = _known.pop(place, now)
+        other = known.function()
+        if other is None and known.code != now.code:
+            known = now  # it was changed and loaded again
+        _known[place] = known if other is not None else now
+        while len(_known) > _MOST_KNOWN:
+            _known.popitem(last=False)
+    if other is function:
+        return
+    same = known.code == now.code and known.captured == now.captured
+    if not same or (other is not None and not _capture_the_same(other, function)):
+        raise AmbiguousIdentityError(
+            f"Two functions called {function.__qualname__} were made here, with different variables around them.",
+            hint="Pass these as arguments, or name each task: @task(key=...).",
+        )
+
+
+def _cells(function: Callable[..., Any]) -> Iterator[tuple[str, object]]:
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    for name, cell in zip(names, getattr(function, "__closure__", None) or (), strict=True):
+        with suppress(ValueError):  # not assigned yet
+            yield name, cell.cell_contents
+
+
+def _captured(function: Callable[..., Any]) -> dict[str, object]:
+    """The captured variables that are plain and cannot change by themselves, so that they can be compared later."""
+    return {name: (type(value), value) for name, value in _cells(function) if _is_constant(value)}
+
+
+def _is_constant(value: object) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_constant, value))
+    return type(value) in (type(None), bool, int, float, str, bytes) or isinstance(value, PurePath)
+
+
+def _capture_the_same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    """For all else: the same object, or a function or class of the same name."""
+    ones, others = ({name: value for name, value in _cells(f) if not _is_constant(value)} for f in (one, other))
+    return ones.keys() == others.keys() and all(_is_same(ones[name], others[name]) for name in ones)
+
+
+def _is_same(one: object, other: object) -> bool:
+    name = getattr(one, "__qualname__", None)
+    return one is other or (name is not None and name == getattr(other, "__qualname__", None))

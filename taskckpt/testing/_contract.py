@@ -1,0 +1,456 @@
+"""What every store must do, as tests that the author of one runs by subclassing ``StoreContract``."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeAlias
+
+from taskckpt._layout import DATA, LOG, payload_key, slot_key
+from taskckpt._operation import Stop, Stopped
+from taskckpt._store import CHUNK_BYTES
+from taskckpt.errors import AlreadyExistsError, NotFoundError, TaskckptError
+
+if TYPE_CHECKING:
+    from taskckpt._store import Store
+
+# Opens the store at a path below one empty root; "" is the root itself. Each call opens it anew.
+OpenAt: TypeAlias = "Callable[[str], Store]"
+
+RACERS = 8
+NONCE = "0123456789abcdef"
+
+
+class StoreContract:
+    """The tests of a store: subclass it, and give it one pytest fixture.
+
+        class TestMyStore(StoreContract):
+            @pytest.fixture
+            def open_at(self, tmp_path):
+                return lambda path: MyStore(f"{tmp_path}/{path}")
+
+    ``open_at(path)`` opens the store anew at a path below a root that is the test's own and empty;
+    ``open_at("")`` is that root.
+
+    Attributes:
+        across_processes: Other processes see the same objects; else the tests that fork are left out.
+        part_bytes: What ``write`` sends in one piece; payloads around it, and several of it, are tried.
+        atomic_writes: Nobody sees an object before its ``write`` ends. Good to have, and not needed: no
+            commit names it before.
+        many: So many objects are listed and deleted at once: more than the store puts on one page.
+    """
+
+    across_processes: bool = True
+    part_bytes: int = CHUNK_BYTES
+    atomic_writes: bool = True
+    many: int = 1001
+
+    def leftovers(self, store: Store) -> Sequence[str]:  # noqa: ARG002
+        """What half-written objects there are that no listing shows. Override it where there may be any."""
+        return ()
+
+    # --- list_below ----------------------------------------------------------------------------
+
+    def test_an_absent_folder_is_an_empty_one(self, open_at: OpenAt) -> None:
+        """Nothing there is no error."""
+        store = open_at("")
+        for folder in ("", LOG, DATA, f"{DATA}/deeper/still"):
+            for first_page in (False, True):
+                listing = store.list_below(folder, first_page=first_page)
+                assert dict(listing.sizes) == {}
+                assert listing.complete
+
+    def test_a_listing_has_all_below_a_folder_and_nothing_beside_it(self, open_at: OpenAt) -> None:
+        """Recursive, names relative to the folder, sizes in bytes."""
+        store = open_at("")
+        _create(store, slot_key(1), b"a record")
+        _write(store, "data/a/one", b"1")
+        _write(store, "data/a/deeper/two", b"22")
+        _write(store, "data/zero", b"")
+        _write(store, "data-of-others/three", b"333")
+        assert dict(store.list_below(DATA).sizes) == {"a/one": 1, "a/deeper/two": 2, "zero": 0}
+        assert dict(store.list_below("data/a").sizes) == {"one": 1, "deeper/two": 2}
+        assert dict(store.list_below(LOG).sizes) == {slot_key(1).removeprefix(f"{LOG}/"): 8}
+        assert len(store.list_below("").sizes) == 5
+
+    def test_a_listing_is_never_stale(self, open_at: OpenAt) -> None:
+        """Neither what another connection has written nor what it has deleted is missed."""
+        one, other = open_at(""), open_at("")
+        for number in range(3):
+            key = slot_key(number + 1)
+            assert one.size(key) is None
+            _create(other, key, b"new")
+            assert len(one.list_below(LOG).sizes) == 1
+            assert one.size(key) == 3
+            other.delete([key])
+            assert len(one.list_below(LOG).sizes) == 0
+            assert one.size(key) is None
+
+    def test_many_objects_are_listed_and_deleted(self, open_at: OpenAt) -> None:
+        """More than a page. The first page, if it is less than all, has the names that come first."""
+        store = open_at("")
+        keys = [f"{LOG}/{number:06d}" for number in range(self.many)]
+        with ThreadPoolExecutor(RACERS) as pool:
+            list(pool.map(lambda key: _create(store, key, b"x"), keys))
+        names = [key.removeprefix(f"{LOG}/") for key in keys]
+        everything = store.list_below(LOG)
+        assert everything.complete
+        assert sorted(everything.sizes) == names
+        page = store.list_below(LOG, first_page=True)
+        assert sorted(page.sizes) == names[: len(page.sizes)]
+        assert page.complete == (len(page.sizes) == len(names))
+        assert page.sizes
+        store.delete([*keys[1:], f"{LOG}/absent"])
+        assert list(store.list_below(LOG).sizes) == names[:1]
+
+    # --- read, size ----------------------------------------------------------------------------
+
+    def test_what_was_created_is_read(self, open_at: OpenAt) -> None:
+        """Any bytes, from any connection; a name says nothing about content."""
+        data = bytes(range(256)) * 5
+        _create(open_at(""), slot_key(7), data)
+        assert open_at("").read(slot_key(7)) == data
+        assert open_at(LOG).read(slot_key(7).removeprefix(f"{LOG}/")) == data
+        _write(open_at(""), "data/empty", b"")
+        assert open_at("").read("data/empty") == b""
+
+    def test_an_absent_object_is_not_found(self, open_at: OpenAt) -> None:
+        """``read`` and ``stream`` say so, with the key in the URI; ``size`` gives None."""
+        store = open_at("")
+        _write(store, "data/a/one", b"1")
+        for key in (slot_key(1), "data/a/two", "data/b/one"):
+            assert store.size(key) is None
+            error = _raises(NotFoundError, lambda key=key: store.read(key))  # type: ignore[misc]
+            assert error.uri is not None
+            assert error.uri.endswith(key)
+            _raises(NotFoundError, lambda key=key: list(store.stream(key, 10, Stop())))  # type: ignore[misc]
+
+    def test_the_size_of_objects_folders_and_the_root(self, open_at: OpenAt) -> None:
+        """Only an object has a size, and the root may be one."""
+        store = open_at("")
+        assert store.size("") is None
+        _write(store, "data/a/one", b"12345")
+        _write(store, "data/a/empty", b"")
+        assert store.size("data/a/one") == 5
+        assert store.size("data/a/empty") == 0
+        assert store.size("data/a") is None
+        assert store.size("") is None
+        assert open_at("data/a/one").size("") == 5
+        assert open_at("data/a/empty").size("") == 0
+        assert b"".join(open_at("data/a/one").stream("", 5, Stop())) == b"12345"
+
+    # --- stream --------------------------------------------------------------------------------
+
+    def test_a_stream_gives_every_byte_once_and_in_order(self, open_at: OpenAt) -> None:
+        """Around the borders of chunks, and of several of them."""
+        store = open_at("")
+        for size in (0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 2 * CHUNK_BYTES + 7):
+            data, key = _pattern(size), f"data/a/{size}"
+            _write(store, key, data)
+            assert b"".join(store.stream(key, size, Stop())) == data
+
+    def test_an_object_of_another_size_than_promised(self, open_at: OpenAt) -> None:
+        """A shorter one ends early or is an error of ours; of a longer one, the promised part is right."""
+        store = open_at("")
+        for size, promised in ((5, 9), (5, 2 * CHUNK_BYTES + 9), (CHUNK_BYTES, CHUNK_BYTES + 1), (0, 9)):
+            data, key = _pattern(size), f"data/short/{size}-{promised}"
+            _write(store, key, data)
+            assert b"".join(store.stream(key, promised, Stop())) == data
+        data = _pattern(CHUNK_BYTES + 99)
+        _write(store, "data/long", data)
+        for promised in (1, CHUNK_BYTES, CHUNK_BYTES + 1):
+            assert b"".join(store.stream("data/long", promised, Stop()))[:promised] == data[:promised]
+
+    def test_a_stream_stops_when_told_to(self, open_at: OpenAt) -> None:
+        """At the next chunk, not at the end."""
+        store, stop = open_at(""), Stop()
+        _write(store, "data/long", _pattern(CHUNK_BYTES + 1))
+        stop.set()
+        _raises(Stopped, lambda: list(store.stream("data/long", CHUNK_BYTES + 1, stop)))
+
+    # --- create --------------------------------------------------------------------------------
+
+    def test_a_taken_key_is_refused_and_keeps_its_content(self, open_at: OpenAt) -> None:
+        """Whoever was first, on whichever connection."""
+        store = open_at("")
+        _create(store, slot_key(1), b"first")
+        for loser in (store, open_at("")):
+            _raises(AlreadyExistsError, lambda loser=loser: _create(loser, slot_key(1), b"second, longer"))  # type: ignore[misc]
+            assert open_at("").read(slot_key(1)) == b"first"
+        assert list(store.list_below("").sizes) == [slot_key(1)]
+        assert not self.leftovers(store)
+
+    def test_a_deleted_key_can_be_created_again(self, open_at: OpenAt) -> None:
+        """A refusal is about what is there now."""
+        store = open_at("")
+        _create(store, slot_key(1), b"first")
+        store.delete([slot_key(1)])
+        _create(store, slot_key(1), b"second")
+        assert store.read(slot_key(1)) == b"second"
+
+    def test_nothing_is_created_after_a_stop(self, open_at: OpenAt) -> None:
+        """A caller that gave up finds no trace."""
+        store, stop = open_at(""), Stop()
+        stop.set()
+        _raises(Stopped, lambda: store.create(slot_key(1), b"never", stop))
+        assert not store.list_below("").sizes
+
+    def test_of_threads_that_create_the_same_key_one_wins(self, open_at: OpenAt) -> None:
+        """Some share a connection, some have their own."""
+        shared = open_at("")
+        for slot in range(1, 6):
+            stores = [shared if number % 2 else open_at("") for number in range(RACERS)]
+            barrier = threading.Barrier(RACERS)
+
+            def race(number: int, slot: int = slot, stores: list[Store] = stores) -> bool:
+                barrier.wait()  # noqa: B023 - the race is over before the next barrier is made
+                return _wins(stores[number], slot_key(slot), number)
+
+            with ThreadPoolExecutor(RACERS) as pool:
+                won = list(pool.map(race, range(RACERS)))
+            assert won.count(True) == 1, won
+            assert shared.read(slot_key(slot)) == _content(won.index(True))
+
+    def test_of_processes_that_create_the_same_key_one_wins(self, open_at: OpenAt) -> None:
+        """As attempts on several machines do."""
+        if not self.across_processes:
+            return
+        slots = range(1, 6)
+        context = multiprocessing.get_context("fork")
+        barrier, answers = context.Barrier(RACERS), context.SimpleQueue()
+
+        def race(number: int) -> None:
+            store = open_at("")
+            store.list_below(LOG)  # connected before the race begins
+            for slot in slots:
+                barrier.wait(15)
+                if _wins(store, slot_key(slot), number):
+                    answers.put((slot, number))
+
+        with _children(race, range(RACERS)) as codes:
+            pass
+        assert codes == [0] * RACERS
+        winners = []
+        while not answers.empty():
+            winners.append(answers.get())
+        assert sorted(slot for slot, _ in winners) == list(slots)
+        for slot, number in winners:
+            assert open_at("").read(slot_key(slot)) == _content(number)
+
+    # --- write ---------------------------------------------------------------------------------
+
+    def test_a_stream_is_written_whole(self, open_at: OpenAt) -> None:
+        """Nothing, a byte, one part, several; in chunks of any size; whatever the hint says."""
+        store, part = open_at(""), self.part_bytes
+        sizes = (0, 1, part - 1, part, part + 1, 3 * part + 1)
+        for size, (chunk, hint) in itertools.product(sizes, ((part // 2 + 1, size_of), (1 << 30, nothing))):
+            data, key = _pattern(size), f"data/a/{size}-{chunk}"
+            store.write(key, _chunks(data, chunk), hint(size), Stop())
+            assert store.size(key) == size
+            assert b"".join(store.stream(key, size, Stop())) == data
+        assert not self.leftovers(store)
+
+    def test_nothing_is_left_of_a_write_whose_source_raises(self, open_at: OpenAt) -> None:
+        """After no byte, a few, or several parts; whatever it raises, which is what the caller gets."""
+        store = open_at("")
+        for number, (before, error) in enumerate(
+            itertools.product(
+                (0, 10, self.part_bytes, 2 * self.part_bytes + 10),
+                (_SourceError, KeyboardInterrupt, TaskckptError),
+            )
+        ):
+            raised = _raises(
+                error,
+                lambda before=before, error=error, number=number: store.write(  # type: ignore[misc]
+                    f"data/a/{number}", _broken(before, error), before, Stop()
+                ),
+            )
+            assert str(raised) == "the source broke"
+        assert not store.list_below("").sizes
+        assert not self.leftovers(store)
+
+    def test_nothing_is_left_of_a_write_that_is_stopped(self, open_at: OpenAt) -> None:
+        """In the middle of the stream, or at its very end."""
+        store, part = open_at(""), self.part_bytes
+        for number, after in enumerate((0, part // 2, part, 2 * part + 1)):
+            stop = Stop()
+
+            def source(stop: Stop = stop, after: int = after) -> Iterator[bytes]:
+                yield from _chunks(_pattern(after), part)
+                stop.set()
+                yield b"no more"
+
+            def ends(stop: Stop = stop, after: int = after) -> Iterator[bytes]:
+                yield from _chunks(_pattern(after), part)
+                stop.set()
+
+            for name, chunks in (("middle", source()), ("end", ends())):
+                key = f"data/a/{number}-{name}"
+                _raises(Stopped, lambda key=key, chunks=chunks, stop=stop: store.write(key, chunks, after, stop))  # type: ignore[misc]  # noqa: B023
+                stop.__init__()  # type: ignore[misc]
+        assert not store.list_below("").sizes
+        assert not self.leftovers(store)
+
+    def test_nothing_is_seen_of_a_write_before_it_ends(self, open_at: OpenAt) -> None:
+        """A reader finds all of an object, or none of it."""
+        if not self.atomic_writes:
+            return
+        store, reader = open_at(""), open_at("")
+        seen: list[object] = []
+
+        def source() -> Iterator[bytes]:
+            for _ in range(3):
+                yield _pattern(self.part_bytes)
+                seen.extend((reader.size("data/a/one"), dict(reader.list_below(DATA).sizes)))
+
+        store.write("data/a/one", source(), 3 * self.part_bytes, Stop())
+        assert seen == [None, {}] * 3
+        assert reader.size("data/a/one") == 3 * self.part_bytes
+
+    def test_several_threads_write_at_once(self, open_at: OpenAt) -> None:
+        """One connection is enough for all of them."""
+        store, size = open_at(""), self.part_bytes // 8
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda number: _write(store, f"data/{number}", _content(number) * size), range(4)))
+        for number in range(4):
+            whole = size * len(_content(number))
+            assert b"".join(store.stream(f"data/{number}", whole, Stop())) == _content(number) * size
+
+    # --- delete, sweep -------------------------------------------------------------------------
+
+    def test_absent_objects_do_not_matter_to_delete(self, open_at: OpenAt) -> None:
+        """None at all, one that never was, one that is gone, and a folder that never was."""
+        store = open_at("")
+        store.delete([])
+        store.delete([slot_key(1)])
+        store.delete(["data/a/one", "data/b/two", slot_key(2)])
+        _write(store, "data/a/one", b"1")
+        _write(store, "data/a/two", b"2")
+        store.delete(["data/a/one", "data/a/absent"])
+        store.delete(["data/a/one"])
+        assert list(store.list_below("").sizes) == ["data/a/two"]
+        _write(store, "data/a/one", b"again")
+        assert store.read("data/a/one") == b"again"
+
+    def test_a_sweep_takes_what_killed_writers_left_and_nothing_else(self, open_at: OpenAt) -> None:
+        """Complete objects stay, also dead ones; so does what a living writer has half-written."""
+        store = open_at("")
+        dead, living = payload_key(1, NONCE, 1, NONCE), payload_key(9, NONCE, 1, NONCE)
+        whole = payload_key(1, NONCE, 2, NONCE)
+        store.sweep(lambda _: True)  # nothing there at all
+        _write(store, whole, b"whole")
+        _create(store, slot_key(1), b"record")
+        if self.across_processes:
+            with _children(lambda key: _killed_while_writing(open_at(""), key, self.part_bytes), (dead, living)):
+                pass
+        before = set(store.list_below("").sizes)
+        assert before >= {whole, slot_key(1)}
+        half_written = len(self.leftovers(store))
+        asked: list[str] = []
+
+        def is_dead(key: str) -> bool:
+            asked.append(key)
+            return key == dead
+
+        store.sweep(is_dead)
+        assert set(store.list_below("").sizes) >= {whole, slot_key(1)}
+        assert set(asked) <= {dead, living}, "sweep asks about half-written keys only"
+        if half_written:
+            assert sorted(asked) == [dead, living]
+            assert len(self.leftovers(store)) < half_written
+            store.sweep(lambda _: True)
+        assert not self.leftovers(store)
+
+
+class _SourceError(Exception):
+    """What a source raises in these tests."""
+
+
+def size_of(size: int) -> int:
+    """A hint that is right."""
+    return size
+
+
+def nothing(size: int) -> int:  # noqa: ARG001
+    """A hint that says nothing."""
+    return 0
+
+
+def _pattern(size: int) -> bytes:
+    """Bytes among which no two chunks look the same."""
+    block = b"".join(number.to_bytes(4, "big") for number in range(4099))
+    return (block * (size // len(block) + 1))[:size]
+
+
+def _chunks(data: bytes, size: int) -> Iterator[memoryview]:
+    view = memoryview(data)
+    for start in range(0, len(view), size):
+        yield view[start : start + size]
+
+
+def _broken(size: int, error: type[BaseException]) -> Iterator[bytes]:
+    yield _pattern(size)
+    raise error("the source broke")
+
+
+def _create(store: Store, key: str, data: bytes) -> None:
+    store.create(key, data, Stop())
+
+
+def _write(store: Store, key: str, data: bytes) -> None:
+    store.write(key, iter((data,)), len(data), Stop())
+
+
+def _content(number: int) -> bytes:
+    return b"written by %d" % number
+
+
+def _wins(store: Store, key: str, number: int) -> bool:
+    try:
+        _create(store, key, _content(number))
+    except AlreadyExistsError:
+        return False
+    return True
+
+
+def _raises(kind: type[BaseException], call: Callable[[], object]) -> TaskckptError:
+    """What ``call`` raises, which must be of that kind and nothing less."""
+    try:
+        call()
+    except kind as error:
+        return error  # type: ignore[return-value]
+    raise AssertionError(f"it did not raise {kind.__name__}")
+
+
+def _killed_while_writing(store: Store, key: str, part_bytes: int) -> None:
+    def source() -> Iterator[bytes]:
+        for _ in range(6):  # more than what is under way at once, so that something is
+            yield _pattern(part_bytes)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    store.write(key, source(), 6 * part_bytes, Stop())
+
+
+@contextmanager
+def _children(work: Callable[..., object], arguments: Sequence[object] | range) -> Iterator[list[int | None]]:
+    """Forked processes, each with an argument of its own; their exit codes once the block has ended."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(argument,)) for argument in arguments]
+    codes: list[int | None] = []
+    for process in processes:
+        process.start()
+    try:
+        yield codes
+    finally:
+        for process in processes:
+            process.join(30)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        codes += [process.exitcode for process in processes]

@@ -1,0 +1,79 @@
+"""The contract of a store, over the four that come with the package."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from taskckpt._fsspec import FsspecStore
+from taskckpt._local import PARTIAL
+from taskckpt._store import parse
+from taskckpt.testing import StoreContract
+
+
+class TestMemory(StoreContract):
+    pytestmark = pytest.mark.filterwarnings("ignore:memory.//")
+    across_processes = False
+    atomic_writes = False  # fsspec's shows a file from its opening on
+
+    @pytest.fixture
+    def open_at(self, memory_place):
+        return memory_place.open
+
+
+class TestLocal(StoreContract):
+    @pytest.fixture
+    def open_at(self, local_place):
+        return local_place.open
+
+    def leftovers(self, store):
+        return [str(path) for path in Path(store.uri).rglob(f"{PARTIAL}*")]
+
+
+class TestLocalWithoutHardLinks(TestLocal):
+    @pytest.fixture(autouse=True)
+    def _no_links(self, monkeypatch):
+        def refuse(*_, **__):
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr("os.link", refuse)
+
+
+def uploads(place):
+    bucket, _, prefix = place.url.removeprefix("s3://").partition("/")
+    status, answer = place.server.request("GET", f"/{bucket}?uploads")
+    assert status == 200, answer
+    keys = [entry.findtext("{*}Key", "") for entry in ET.fromstring(answer).findall("{*}Upload")]
+    return [key for key in keys if key.startswith(prefix)]
+
+
+class TestMoto(StoreContract):
+    @pytest.fixture
+    def open_at(self, moto_place):
+        self.place = moto_place
+        return moto_place.open
+
+    def leftovers(self, store):
+        return uploads(self.place)
+
+
+class TestSeaweedFS(StoreContract):
+    @pytest.fixture
+    def open_at(self, seaweedfs_place):
+        self.place = seaweedfs_place
+        return seaweedfs_place.open
+
+    def leftovers(self, store):
+        return uploads(self.place)
+
+
+class TestAnyFsspec(StoreContract):
+    """What every other file system of fsspec gets: here s3fs by its plain verbs."""
+
+    many = 50
+
+    @pytest.fixture
+    def open_at(self, moto_place):
+        return lambda path: FsspecStore(parse(moto_place.at(path).url), moto_place.options, 20)

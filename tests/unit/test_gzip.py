@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import builtins
+import gzip
+import io
+import logging
+import os
+import shutil
+import struct
+import subprocess
+import threading
+import tracemalloc
+import zlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from taskckpt import _gzip
+from taskckpt.errors import CorruptCheckpointError
+
+MIB = 1 << 20
+TEXT = b"".join(b"step=%d loss=%.6f\n" % (step, 1 / (step + 1)) for step in range(400_000))
+RANDOM = os.urandom(9 * MIB)
+
+
+@pytest.fixture(params=["isal", "zlib"])
+def codec(request, monkeypatch):
+    """Both libraries; what this yields is the codec that writes and reads in the test."""
+    _gzip._codec.cache_clear()
+    if request.param == "isal":
+        pytest.importorskip("isal")
+    else:
+        hide_isal(monkeypatch)
+    yield request.param
+    _gzip._codec.cache_clear()
+
+
+def hide_isal(monkeypatch) -> None:
+    real = builtins.__import__
+
+    def importing(name, *args, **kwargs):
+        if name == "isal":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", importing)
+
+
+def pieces(data: bytes, size: int = MIB):
+    return [data[start : start + size] for start in range(0, len(data), size)]
+
+
+def inflate(stored: bytes, size: int = MIB) -> bytes:
+    return b"".join(_gzip.decompress(pieces(stored, size)))
+
+
+@pytest.mark.parametrize("size", [0, 1, 65535, 65536, 4 * MIB - 1, 4 * MIB, 4 * MIB + 1, 9 * MIB])
+@pytest.mark.parametrize("source", [TEXT, RANDOM], ids=["text", "random"])
+def test_round_trip_and_what_others_think_of_it(codec, source, size, tmp_path) -> None:
+    data = source[:size]
+    members = list(_gzip.compress(pieces(data, 700_001)))
+    stored = b"".join(members)
+    assert len(members) == max(-(-len(data) // (4 * MIB)), 1)
+    assert inflate(stored) == data
+    assert gzip.decompress(stored) == data
+    (tmp_path / "x.gz").write_bytes(stored)
+    subprocess.run(["gzip", "-t", str(tmp_path / "x.gz")], check=True)
+    if shutil.which("pigz"):
+        subprocess.run(["pigz", "-t", str(tmp_path / "x.gz")], check=True)
+
+
+@given(data=st.binary(max_size=3000), size=st.integers(1, 700), feed=st.integers(1, 700))
+@settings(max_examples=50)
+def test_any_cutting_into_chunks_gives_the_same(data, size, feed) -> None:
+    stored = b"".join(_gzip.compress(pieces(data, size)))
+    assert stored == b"".join(_gzip.compress([data]))
+    assert inflate(stored, feed) == data
+
+
+def test_layout_of_a_member_as_the_docstring_says(codec) -> None:
+    (member,) = _gzip.compress([b"hello " * 100])
+    assert member[:10] == bytes.fromhex("1f8b08040000000000ff")
+    extra_size, name, field_size, member_size = struct.unpack("<H2sHI", member[10:20])
+    assert (extra_size, name, field_size, member_size) == (8, b"TC", 4, len(member))
+    assert zlib.decompress(member[20:-8], -15) == b"hello " * 100
+    assert struct.unpack("<II", member[-8:]) == (zlib.crc32(b"hello " * 100), 600)
+
+
+def test_members_can_be_split_without_inflating() -> None:
+    data = TEXT[: 5 * MIB] + RANDOM[: 5 * MIB]
+    stored = b"".join(_gzip.compress(pieces(data)))
+    found = b""
+    while stored:
+        (size,) = struct.unpack_from("<I", stored, 16)
+        found += gzip.decompress(stored[:size])
+        stored = stored[size:]
+    assert found == data
+
+
+def test_what_does_not_shrink_is_stored_and_what_does_is_not(codec) -> None:
+    random = b"".join(_gzip.compress([RANDOM[: 4 * MIB]]))
+    assert len(random) < 4 * MIB * 1.0002
+    assert RANDOM[1000:30000] in random
+    assert len(b"".join(_gzip.compress([TEXT[: 4 * MIB]]))) < 2 * MIB
+    # Too little to sample, and compressible only after the samples are looked at.
+    small = b"".join(_gzip.compress([RANDOM[:50_000]]))
+    assert len(small) < 50_100
+
+
+def test_a_chunk_may_be_reused_after_the_next_was_asked_for() -> None:
+    buffer = bytearray(MIB)
+
+    def chunks():
+        for number in range(20):
+            buffer[:] = bytes([number]) * MIB
+            yield memoryview(buffer)
+
+    assert inflate(b"".join(_gzip.compress(chunks()))) == b"".join(bytes([n]) * MIB for n in range(20))
+
+
+def test_chunks_of_other_item_sizes_count_by_their_bytes() -> None:
+    stored = b"".join(_gzip.compress([memoryview(b"12345678" * 3).cast("Q")]))
+    assert inflate(stored) == b"12345678" * 3
+
+
+def workers() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("taskckpt-gzip")]
+
+
+def test_an_early_end_leaves_no_thread() -> None:
+    def chunks():
+        while True:
+            yield TEXT[:MIB]
+
+    members = _gzip.compress(chunks())
+    next(members)
+    assert workers()
+    members.close()  # type: ignore[attr-defined]
+    assert not workers()
+
+
+def test_an_error_of_the_source_passes_through_and_leaves_no_thread() -> None:
+    def chunks():
+        yield from pieces(RANDOM)
+        raise OSError("the disk")
+
+    with pytest.raises(OSError, match="the disk"):
+        list(_gzip.compress(chunks()))
+    assert not workers()
+
+
+@pytest.mark.parametrize("source", [TEXT, RANDOM], ids=["text", "random"])
+def test_memory_does_not_grow_with_the_stream(source) -> None:
+    chunk = source[:MIB]
+
+    def measure(chunks: int) -> int:
+        tracemalloc.start()
+        total = sum(len(piece) for piece in _gzip.decompress(_gzip.compress(chunk for _ in range(chunks))))
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert total == chunks * MIB
+        return peak
+
+    assert measure(100) < 48 * MIB
+
+
+def test_one_foreign_member_of_any_size_is_read_in_bounded_pieces(codec) -> None:
+    found = list(_gzip.decompress(pieces(gzip.compress(TEXT, 1))))
+    assert b"".join(found) == TEXT
+    assert max(map(len, found)) <= MIB
+
+
+def test_a_bomb_comes_out_in_small_pieces(codec) -> None:
+    bomb = gzip.compress(bytes(64 * MIB))
+    tracemalloc.start()
+    total = sum(len(piece) for piece in _gzip.decompress([bomb]))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert total == 64 * MIB
+    assert peak < 8 * MIB
+
+
+def test_every_header_field_that_gzip_knows_is_skipped(codec) -> None:
+    buffer = io.BytesIO()
+    with gzip.GzipFile("a name", "wb", fileobj=buffer, mtime=12345) as file:
+        file.write(b"content")
+    assert inflate(buffer.getvalue() * 3, 5) == b"content" * 3
+
+
+STORED = b"".join(_gzip.compress([TEXT[:100_000]])) + b"".join(_gzip.compress([RANDOM[:10_000]]))
+
+
+@pytest.mark.parametrize(
+    ("stored", "why"),
+    [
+        (b"", "too early"),
+        (b"\x1f", "too early"),
+        (STORED[:15], "too early"),
+        (STORED[:-1], "too early"),
+        (STORED[:-9], "too early"),
+        (STORED + b"\x1f", "too early"),
+        (STORED + b"\0", "damaged"),
+        (STORED + b"garbage", "damaged"),
+        (STORED + bytes(512), "damaged"),
+        (b"not gzip at all", "damaged"),
+        (STORED[:-5] + bytes([STORED[-5] ^ 1]) + STORED[-4:], "damaged"),  # CRC
+        (STORED[:-1] + bytes([STORED[-1] ^ 1]), "damaged"),  # size
+        (STORED[:-100] + bytes([STORED[-100] ^ 1]) + STORED[-99:], "damaged"),  # content
+    ],
+)
+@pytest.mark.parametrize("feed", [1 << 20, 7])
+def test_damage_is_noticed(codec, stored, why, feed) -> None:
+    with pytest.raises(CorruptCheckpointError, match=why):
+        inflate(stored, feed)
+
+
+def test_every_flipped_bit_is_noticed_or_harmless(codec) -> None:
+    data = TEXT[:300]
+    stored = b"".join(_gzip.compress([data]))
+    harmless = []
+    for position in range(len(stored)):
+        for bit in range(8):
+            damaged = bytearray(stored)
+            damaged[position] ^= 1 << bit
+            try:
+                found = inflate(bytes(damaged))
+            except CorruptCheckpointError:
+                continue
+            assert found == data
+            harmless.append(position)
+    # Time, system and our own field say nothing about the content. Of the deflate data it is the unused bits at its
+    # end, and now and then a bit that gives another way to say the same.
+    assert sum(position >= 20 for position in harmless) < 16
+
+
+def test_a_missing_isal_is_said_once(monkeypatch, caplog) -> None:
+    hide_isal(monkeypatch)
+    _gzip._codec.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="taskckpt"):
+        for _ in range(3):
+            assert inflate(b"".join(_gzip.compress([b"x"]))) == b"x"
+    _gzip._codec.cache_clear()
+    assert [record.message for record in caplog.records if "isal" in record.message] == [
+        "The package isal is not installed: folders are compressed with zlib, about 8 times slower."
+    ]
