@@ -76,7 +76,9 @@ class Chain:
         """
         search = _Search()
         for origin in self._origins(own, search):
-            found: tuple[Loadable, T] | None = self._from_log(origin, view if origin is own else None, use, search)
+            found: tuple[Loadable, T] | None = None
+            if origin is own or not _is_local_file(origin):
+                found = self._from_log(origin, view if origin is own else None, use, search)
             if found is None and origin is not own:
                 found = self._from_foreign(origin, use, search)
             if found is not None:
@@ -123,6 +125,8 @@ class Chain:
             view = view or reader.look()
             try:
                 found = self._walk(origin, reader, view, use, round_)
+                if found is None and round_.problems and not round_.continues_from:
+                    round_.continues_from = list(reader.sources(view, at_most=MAX_RECORDS_BACK))
             except LogMoved:
                 view = None
                 continue
@@ -130,8 +134,6 @@ class Chain:
             search.cleared = round_.cleared
             if found is None and not round_.cleared:
                 search.continues_from = round_.continues_from
-                if round_.problems and not search.continues_from:
-                    search.continues_from = list(reader.sources(view, at_most=MAX_RECORDS_BACK))
             return found
         raise UnavailableError(f"The log kept changing during {MAX_ROUNDS} looks at it.", uri=origin.store.uri)
 
@@ -158,6 +160,8 @@ class Chain:
                     try:
                         return found, use(origin, found)
                     except NotFoundError as error:
+                        if error.uri != f"{origin.store.uri}/{found.stored.key}":
+                            raise  # not the payload: a folder here that somebody removed meanwhile
                         if reader.look().top > view.top:
                             raise LogMoved from error
                         search.problems.append(_lost(found, error))
@@ -180,6 +184,11 @@ class Chain:
         except CorruptCheckpointError as error:
             search.problems.append(error)
             return None
+
+
+def _is_local_file(origin: Origin) -> bool:
+    """On a disk, listing what lies below a file is an error; in a bucket it is just empty."""
+    return origin.location.is_local and origin.store.size("") is not None
 
 
 def _lost(commit: Commit, error: NotFoundError) -> CorruptCheckpointError:

@@ -23,6 +23,7 @@ from taskckpt._store import Store
 from taskckpt.errors import CorruptCheckpointError, MissingDependencyError, UsageError
 
 PIECE_BYTES = 1024 * 1024
+BITE_BYTES = 64
 XZ_MEMORY_BYTES = 512 * 1024 * 1024
 MAX_ENTRIES = 10_000_000
 # Left free on the disk when a foreign archive, which does not say how large it gets, is unpacked.
@@ -109,7 +110,9 @@ def _holds_tar(head: bytes, compression: str | None, uri: str) -> bool:
     wanted = len(_EMPTY_TAR) + 1
     start = bytearray()
     try:
-        for piece in _DECOMPRESS[compression](iter((head,)), uri):
+        # In small bites: of a damaged archive too, what comes before the damage tells that it is one.
+        bites = (head[at : at + BITE_BYTES] for at in range(0, len(head), BITE_BYTES))
+        for piece in _DECOMPRESS[compression](bites, uri):
             start += piece
             if len(start) >= wanted:
                 break

@@ -8,6 +8,7 @@ import errno
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -72,6 +73,21 @@ def require_known(location: Location) -> None:
         )
 
 
+# File systems of this process, and in a forked child those of its parent, which are never freed there. Their clients
+# would close the parent's connections, and with them take its sockets out of the epoll instance that a fork shares:
+# the parent's next request then hangs until it times out (measured with s3fs).
+_alive: weakref.WeakValueDictionary[int, FileSystem] = weakref.WeakValueDictionary()
+_of_the_parent: list[FileSystem] = []
+
+
+def _keep_those_of_the_parent() -> None:
+    _of_the_parent.extend(_alive.values())
+    _alive.clear()
+
+
+os.register_at_fork(after_in_child=_keep_those_of_the_parent)
+
+
 def new_filesystem(location: Location, options: dict[str, Any]) -> FileSystem:
     """A file system of our own: not shared with the user's, and without a cache of listings."""
     import fsspec
@@ -86,9 +102,11 @@ def new_filesystem(location: Location, options: dict[str, Any]) -> FileSystem:
             hint=f"pip install '{package}'" if package else str(error),
         ) from error
     try:
-        return make(**{"skip_instance_cache": True, "use_listings_cache": False, **options})
+        made = make(**{"skip_instance_cache": True, "use_listings_cache": False, **options})
     except TypeError as error:
         raise UsageError(f"storage_options do not fit {location.protocol}://: {error}.", uri=location.uri) from error
+    _alive[id(made)] = made
+    return made
 
 
 class FsspecStore:
@@ -338,6 +356,8 @@ def _http_answer(error: BaseException) -> tuple[int | None, str | None, str]:
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             body = response["Error"]
             return status, body.get("Code"), str(body.get("Message") or cause)
+        if any(kind.__name__ == "HttpProcessingError" for kind in type(cause).__mro__):
+            continue  # aiohttp's word for a reply that is cut or garbled; its 400 was not the server's
         for attribute in ("status", "status_code", "code"):  # aiohttp, azure, gcsfs
             value = getattr(cause, attribute, None)
             if isinstance(value, int) and not isinstance(cause, OSError):

@@ -24,12 +24,11 @@ import functools
 import logging
 import struct
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, cast
 
+from taskckpt._operation import ordered_map
 from taskckpt.errors import CorruptCheckpointError
 
 BLOCK_BYTES = 4 << 20
@@ -104,27 +103,16 @@ def compress(chunks: Iterable[bytes | memoryview], *, level: int = 1, threads: i
         threads: How many blocks are compressed at a time.
     """
     codec = _codec()
-    members: deque[tuple[Future[bytes], bytearray]] = deque()
     spare: list[bytearray] = []
-    with ThreadPoolExecutor(threads, thread_name_prefix="taskckpt-gzip") as pool:
-        try:
-            for block, size in _blocks(chunks, spare):
-                members.append((pool.submit(_member, codec, memoryview(block)[:size], level), block))
-                if len(members) > threads:
-                    yield _next_member(members, spare)
-            while members:
-                yield _next_member(members, spare)
-        finally:
-            # An early end: what waits is not worth compressing.
-            pool.shutdown(wait=False, cancel_futures=True)
 
+    def work(filled: tuple[bytearray, int]) -> tuple[bytes, bytearray]:
+        block, size = filled
+        return _member(codec, memoryview(block)[:size], level), block
 
-def _next_member(members: deque[tuple[Future[bytes], bytearray]], spare: list[bytearray]) -> bytes:
-    future, block = members.popleft()
-    member = future.result()
-    # Fresh memory is dear (0.5 to 1.6 s per GiB in a VM), so blocks are used again.
-    spare.append(block)
-    return member
+    for member, block in ordered_map(work, _blocks(chunks, spare), threads=threads, ahead=1):
+        # Fresh memory is dear (0.5 to 1.6 s per GiB in a VM), so blocks are used again.
+        spare.append(block)
+        yield member
 
 
 def _blocks(chunks: Iterable[bytes | memoryview], spare: list[bytearray]) -> Iterator[tuple[bytearray, int]]:

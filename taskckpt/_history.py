@@ -187,11 +187,11 @@ class LogReader:
             case Clear():
                 return set()
 
-    def survey(self, view: View) -> Survey:
+    def survey(self, view: View, *, confirm: bool = False) -> Survey:
         """The log as a writer sees it. Raises LogMoved if records went away meanwhile."""
         owner: ClaimId | None = None
         unreadable: list[int] = []
-        for found in self.walk(view):
+        for found in self.walk(view, confirm=confirm):
             if isinstance(found, Damaged):
                 unreadable.append(found.slot)
                 continue

@@ -39,7 +39,7 @@ def _module_of(function: Callable[..., Any]) -> str:
     if spec is not None and spec.name not in ("__main__", "__mp_main__"):  # python -m package.module
         return str(spec.name).removesuffix(".__main__")
     path: str | None = getattr(main, "__file__", None)
-    if path is None:
+    if path is None or path.startswith("<"):  # <stdin>
         raise UsageError(
             f"{function.__qualname__} is defined in a notebook or at a prompt, which has no stable name.",
             hint="Name the task: @task(key='my-task').",

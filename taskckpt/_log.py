@@ -139,7 +139,8 @@ class TaskLog:
         raise self._crowded()
 
     def _held_view(self, view: View, stop: Stop) -> View | None:
-        survey = self.reader.survey(view)
+        # Who is in adds nothing that would show whether the top was one, so it must look again.
+        survey = self.reader.survey(view, confirm=self._claim is not None)
         if self._claim is None:
             return self._take(survey, stop)
         if survey.owner is not None and survey.owner.nonce != self._nonce:

@@ -70,6 +70,9 @@ def with_retries(request: Callable[[], T], *, timeout_s: float, stop: Stop | Non
     except UnavailableError as error:
         if isinstance(error, StorageFullError):
             raise  # trying again in a second does not make room
+        if time.monotonic() - began >= timeout_s:
+            error.add_note(f"Tried once, for {time.monotonic() - began:.1f} s.")
+            raise
     retrying = _retrying(timeout_s - (time.monotonic() - began), stop)
     try:
         return retrying(request)

@@ -38,14 +38,17 @@ class S3Store(FsspecStore):
         # One try at each layer below: with_retries is the only one that repeats, so that five tries
         # are five and not s3fs's 5 times botocore's 5 (38 s measured on a permanent 503).
         config = {
-            "connect_timeout": min(CONNECT_TIMEOUT_S, self._timeout_s),
-            "read_timeout": min(READ_TIMEOUT_S, self._timeout_s),
-            "retries": {"max_attempts": 1, "mode": "standard"},
+            "connect_timeout": min(CONNECT_TIMEOUT_S, self._timeout_s / 2),
+            "read_timeout": min(READ_TIMEOUT_S, self._timeout_s / 2),
+            "retries": {"total_max_attempts": 1, "mode": "standard"},  # max_attempts=1 would be two
             **(options.pop("config_kwargs", None) or {}),
         }
         # max_concurrency=1: or each read of a whole object would begin with a HEAD.
         fs = new_filesystem(self._location, {"max_concurrency": 1, "config_kwargs": config, **options})
         fs.retries = 1
+        fs.connect()
+        # Without "Expect: 100-continue": a round trip less, and aiohttp waits for that word without any time-out.
+        fs.s3.meta.events.register("before-call.s3", _expect_nothing)
         return fs
 
     @property
@@ -58,7 +61,8 @@ class S3Store(FsspecStore):
 
     def _s3(self, key: str, method: str, stop: Stop | None = None, **arguments: Any) -> dict[str, Any]:
         """One request to the bucket, named as botocore names it."""
-        return self._call(key, lambda: self.fs.call_s3(method, Bucket=self._bucket, **arguments), stop)
+        arguments |= {"Bucket": self._bucket, "timeout": self._timeout_s}  # the time-out is for fsspec's sync()
+        return self._call(key, lambda: self.fs.call_s3(method, **arguments), stop)
 
     # --- reading -------------------------------------------------------------------------------
 
@@ -68,6 +72,8 @@ class S3Store(FsspecStore):
         token: dict[str, Any] = {}
         while True:
             page = self._s3(folder, "list_objects_v2", Prefix=prefix, **token)
+            if "IsTruncated" not in page and "Name" not in page:  # else any web page would be an empty bucket
+                raise UnavailableError("The answer is no listing.", uri=self.uri, hint="Check the endpoint.")
             names = [entry["Key"].removeprefix(prefix) for entry in page.get("Contents", ())]
             sizes.update(zip(names, (int(entry["Size"]) for entry in page.get("Contents", ())), strict=True))
             if not page.get("IsTruncated"):
@@ -161,6 +167,10 @@ class S3Store(FsspecStore):
             key = upload["Key"].removeprefix(root)
             if is_dead(key):
                 self._abort(key, {"Key": upload["Key"], "UploadId": upload["UploadId"]})
+
+
+def _expect_nothing(params: dict[str, Any], **_: Any) -> None:
+    params["headers"].pop("Expect", None)
 
 
 def part_size(size_hint: int) -> int:

@@ -95,6 +95,11 @@ class Location:
         return self.protocol in LOCAL_PROTOCOLS
 
     @property
+    def in_one_process(self) -> bool:
+        """Whether it lies in the memory of one process, where no other one sees it."""
+        return self.protocol == "memory"
+
+    @property
     def uri(self) -> str:
         """For people: a plain path where it is local, else a URL."""
         return self.path if self.is_local else f"{self.protocol}://{self.path}"

@@ -30,7 +30,8 @@ END = bytes(2 * BLOCK)
 # One set of limits for both sides: what save accepts is what load restores.
 MAX_NAME_BYTES = 255
 MAX_PATH_BYTES = 4096
-MAX_DEPTH = 1000
+# Deep enough for any real tree, and shutil.rmtree (which recurses) can still remove it.
+MAX_DEPTH = 256
 MAX_HEADER_BYTES = 1 << 20
 MAX_PADDING_BYTES = 1 << 20
 # Our own extended header takes at most 2 paths and a little: 10 KiB. The sum of all is bounded by this times entries.

@@ -41,6 +41,9 @@ def process_root() -> str:
     """This process's private folder; removed when it ends, and by a later process if it was killed."""
     global _root, _root_pid, _descriptor
     with _lock:
+        if _root is not None and not os.path.isdir(_root):  # a cleaner of old temporary files was here
+            os.close(_descriptor)
+            _root = None
         if _root is None:
             parent = os.path.abspath(os.environ.get("TASKCKPT_TMP") or tempfile.gettempdir())
             with translating(parent):
@@ -127,7 +130,7 @@ def restore_into(folder: str, fill: Fill, *, replace: bool) -> None:
     _fill(staging, fill)
     try:
         with translating(target):
-            _expect_free(target, replace=replace)
+            _expect_free(target, replace=replace, but=os.path.basename(staging))
             if os.path.dirname(staging) == target:
                 _move_inside(staging, target)
             else:
@@ -145,12 +148,12 @@ def _fill(staging: str, fill: Fill) -> None:
         raise
 
 
-def _expect_free(target: str, *, replace: bool) -> None:
+def _expect_free(target: str, *, replace: bool, but: str = "") -> None:
     if not os.path.lexists(target):
         return
     if not os.path.isdir(target):
         raise UsageError("load(to=...) takes a folder, and this is a file.", uri=target)
-    if not replace and os.listdir(target):
+    if not replace and set(os.listdir(target)) - {but}:
         raise AlreadyExistsError(
             "The folder is not empty.", uri=target, hint="Choose another one, or pass replace=True."
         )

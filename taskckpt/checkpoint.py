@@ -114,7 +114,7 @@ class Checkpoint:
         self._claim_nonce = claim_nonce or new_nonce()
         self._inherited = claim_nonce is not None
         self._about = dict(about or {})
-        self._pid = os.getpid()
+        self._home = self._pid = os.getpid()
         self._forget()
 
     @classmethod
@@ -141,6 +141,7 @@ class Checkpoint:
             about=about,
         )
         self._inherited = inherited
+        self._home = 0 if inherited else self._home  # made in a process above this one
         return self
 
     def _forget(self) -> None:
@@ -432,6 +433,14 @@ class Checkpoint:
 
     def _open(self) -> Store:
         self._notice_fork()
+        if self._dest.in_one_process and self._home != os.getpid():
+            raise UsageError(
+                "memory:// is one process only, and this is a child process.",
+                uri=self.remote_destination,
+                hint="Use a folder or a bucket to share state between processes.",
+            )
+        if self._store is not None:
+            return self._store  # without the lock: a call that was cancelled must not wait for a long save
         with self._lock:
             if self._store is None:
                 self._store = open_store(self._dest, storage_options=self._storage_options, timeout_s=self._timeout_s)

@@ -38,7 +38,7 @@ MADE_UP = "made up"
 
 # What a task hands down to its child processes.
 BASE, RUN, TASK, ATTEMPT, KEY, KEEP = (f"TASKCKPT_{n}" for n in ("BASE", "RUN", "TASK", "ATTEMPT", "KEY", "KEEP"))
-# Claims of this process, as "<digest of the task's place>:<nonce>": a child with the same task joins.
+# Claims of this process, as "<digest of task and attempt>:<nonce>": a child of the same attempt joins.
 CLAIMS = "TASKCKPT_CLAIMS"
 # Set instead of a task where several ran at once, and a child could belong to any of them.
 AMBIGUOUS = "TASKCKPT_AMBIGUOUS"
@@ -251,12 +251,14 @@ def origin_of_base(base: Target | None = None) -> str:
 def _keyed(key: str) -> TaskContext:
     if not isinstance(key, str) or not key.strip():
         raise UsageError(f"key={key!r} must be a str that is not blank.")
-    base = default_base()
     current = ctx()
-    if current is not None and current.key == key and current.base == base:
+    if current is None:
+        return _once(TaskContext(default_run(), key, None, default_base(), key=key, origins=_origins({"task": "key="})))
+    if current.key == key:
         return current
-    context = TaskContext(default_run(), key, None, base, key=key, origins=_origins({"task": "key="}))
-    return _once(context)
+    # Inside a task, where its children would look too: its environment tells them the same base.
+    origins = {**current.origins, "task": "key=", "attempt": "unknown"}
+    return _once(replace(current, task=key, attempt=None, key=key, origins=origins, parent=None, _handed_nonce=None))
 
 
 def _origins(more: Mapping[str, str]) -> dict[str, str]:
@@ -350,12 +352,13 @@ def _once(context: TaskContext) -> TaskContext:
         return known
 
 
-def _digest(place: Location) -> str:
-    return hashlib.sha256(place.record_uri.encode()).hexdigest()[:16]
+def _digest(context: TaskContext) -> str:
+    """Names one attempt of one task, without telling what it is called."""
+    return hashlib.sha256(f"{context.place.record_uri} {context.attempt}".encode()).hexdigest()[:16]
 
 
 def _handed_nonce(context: TaskContext) -> str | None:
-    return _parsed_claims().get(_digest(context.place))
+    return _parsed_claims().get(_digest(context))
 
 
 def _hand_down_claim(context: TaskContext) -> None:
@@ -371,7 +374,7 @@ def _claims(*more: TaskContext) -> str:
     """All claims of this process and of its parents, for children: they join what they find here."""
     with _process.lock:
         running = [one.context for one in _process.running.values()]
-        own = {_digest(one.place): one._nonce for one in (*_process.contexts.values(), *running, *more)}  # noqa: SLF001
+        own = {_digest(one): one._nonce for one in (*_process.contexts.values(), *running, *more)}  # noqa: SLF001
     return " ".join(f"{digest}:{nonce}" for digest, nonce in (_parsed_claims() | own).items())
 
 

@@ -263,7 +263,6 @@ def _key_of(spec: _Spec, args: Any, kwargs: Any) -> str | None:
 
 def _tells_what_to_retry(on: object) -> bool:
     """KeyboardInterrupt and its like always end the task."""
-    classes = on if isinstance(on, tuple) else (on,) if isinstance(on, type) else ()
-    if not classes:
+    if not isinstance(on, (type, tuple)):
         return callable(on)
-    return all(isinstance(one, type) and issubclass(one, Exception) for one in classes)
+    return all(isinstance(one, type) and issubclass(one, Exception) for one in (on if isinstance(on, tuple) else (on,)))

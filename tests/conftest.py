@@ -23,7 +23,9 @@ SERVERS = pytest.StashKey[Servers]()
 # Each test has its own current folder, but what hypothesis has learnt is for all of them.
 set_hypothesis_home_dir(ROOT / ".hypothesis")
 # A deadline per example would measure how busy the machine is; the time-out per test stays.
-hypothesis.settings.register_profile("taskckpt", hypothesis.settings(), deadline=None)
+# The same examples every time, so that a change is judged by what it changed; HYPOTHESIS=random looks for new ones.
+derandomize = os.environ.get("HYPOTHESIS") != "random"
+hypothesis.settings.register_profile("taskckpt", hypothesis.settings(), deadline=None, derandomize=derandomize)
 hypothesis.settings.load_profile("taskckpt")
 
 

@@ -1,32 +1,42 @@
 """A second reader of the stored format, version 1, written from docs/format.md alone: nothing of taskckpt in it.
 
-`newest(folder)` gives the newest good checkpoint of a task's place on a local disk, or None, or raises.
+`newest(folder)` gives the newest good checkpoint of a task's place on a local disk, or None, or raises. The place is at
+rest: what section 5 says about listing again while others write is left out.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import io
 import json
 import re
 import tarfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from blake3 import blake3
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 NAME = re.compile(r"([0-9]{12})-([0-9]{12})(-[0-9a-f]{16})?\.jsonl", re.ASCII)
-NEEDED: dict[str, dict[str, Any]] = {
-    "claim": {"head": (int, type(None)), "unreadable": list, "replaces": (dict, type(None)), "continues_from": list},
-    "join": {"head": (int, type(None)), "unreadable": list},
-    "commit": {"checkpoint": dict, "previous": (int, type(None)), "count": int, "floor": int, "kept": list},
+COMMON = {"slot": int, "claim": dict, "writer": str, "nonce": str, "time": str, "about": dict}
+NEEDED: dict[str, dict[str, type]] = {
+    "claim": {"unreadable": list, "continues_from": list},
+    "join": {"unreadable": list},
+    "commit": {"checkpoint": dict, "count": int, "floor": int, "kept": list},
     "clear": {},
-}  # fmt: skip
+}
 
 
 class CorruptError(Exception):
+    pass
+
+
+class CorruptRecordError(CorruptError):
     pass
 
 
@@ -59,11 +69,9 @@ def newest(place: Path) -> Found | None:
 
 
 def _newest_in(place: Path, problems: list[str]) -> tuple[Found | None, bool, list[str]]:
-    names = _listing(place / "log")
+    names, before = _listing(place / "log"), len(problems)
     pending, done, sources = {max(names)} if names else set(), set(), []
-    head: dict[str, Any] | None = None  # the newest commit
-    claim: dict[str, Any] | None = None  # the claim that the newest readable record belongs to
-    before = len(problems)
+    newest: dict[str, Any] | None = None  # of the commits
     while pending:
         slot = max(pending)
         pending.remove(slot)
@@ -71,33 +79,26 @@ def _newest_in(place: Path, problems: list[str]) -> tuple[Found | None, bool, li
         for name in sorted(names.get(slot, ["missing"]), reverse=True):
             try:
                 record = _record(place / "log" / name, slot)
-            except CorruptError as error:
-                if slot > 1:  # the first slot always holds a claim: no checkpoint is lost with it
-                    problems.append(str(error))
-                pending |= {max((s for s in names if s < slot), default=0)} - {0}
-                continue
-            claim = claim or record["claim"]
-            if record["kind"] == "clear":
-                return None, True, []
-            if record["kind"] != "commit":
-                sources += record.get("continues_from", [])
-                pending |= {record["head"], *record["unreadable"]} - {None} - done
-                continue
-            head = head or record
-            if not _retains(head, slot):
-                continue
-            try:
+                if record["kind"] == "clear":
+                    return None, True, []
+                if record["kind"] != "commit":
+                    sources += record.get("continues_from", [])
+                    pending |= {record["head"], *record["unreadable"]} - {None} - done
+                    continue
+                newest = newest or record
+                if not _retains(newest, slot):
+                    continue
+                below = {record["previous"], *newest["kept"]} - {None}
+                pending |= {s for s in below if s < slot and _retains(newest, s)}
                 return _restored(place, record["checkpoint"]), False, []
             except CorruptError as error:
-                problems.append(str(error))
-            below = {record["previous"], *head["kept"]} - {None}
-            pending |= {s for s in below if s < slot and _retains(head, s)}
-    while len(problems) > before and not sources and claim and claim["slot"] in names:
-        try:
-            record = _record(place / "log" / names[claim["slot"]][0], claim["slot"])
-        except CorruptError:
-            break
-        sources, claim = record["continues_from"], record["replaces"]
+                if isinstance(error, CorruptRecordError):
+                    pending |= {max((s for s in names if s < slot), default=0)} - {0}
+                if slot > 1:  # the first slot always holds a claim: no checkpoint is lost with it
+                    problems.append(str(error))
+    for slot in sorted(names, reverse=True)[:64] if len(problems) > before and not sources else ():
+        with contextlib.suppress(CorruptError):
+            sources = sources or _record(place / "log" / names[slot][0], slot).get("continues_from", [])
     return None, False, sources
 
 
@@ -118,21 +119,20 @@ def _record(path: Path, slot: int) -> dict[str, Any]:
     data = path.read_bytes() if path.exists() else b""
     first, newline, second = data.partition(b"\n")
     if second != b'{"blake3": "%s"}\n' % blake3(first + newline).hexdigest().encode():
-        raise CorruptError(f"record {slot}: cut or damaged")
-    body = json.loads(first)
-    if body["format"] != 1 or body["kind"] not in NEEDED:
-        raise UnsupportedError(f"record {slot}: format {body['format']}, kind {body['kind']}")
-    needed: dict[str, Any] = {
-        "slot": int,
-        "claim": dict,
-        "writer": str,
-        "nonce": str,
-        "time": str,
-        "about": dict,
-    } | NEEDED[body["kind"]]
-    if body["slot"] != slot or not all(isinstance(body.get(name), types) for name, types in needed.items()):
-        raise CorruptError(f"record {slot}: of another slot, or a field is missing")
+        raise CorruptRecordError(f"record {slot}: missing, cut or damaged")
+    body: dict[str, Any] = json.loads(first)
+    if body["format"] != 1:
+        raise UnsupportedError(f"record {slot}: format {body['format']}")
+    _require(body, COMMON, slot)
+    if body["kind"] not in NEEDED:
+        raise UnsupportedError(f"record {slot}: kind {body['kind']}")
+    _require(body, NEEDED[body["kind"]], slot)
     return body
+
+
+def _require(body: dict[str, Any], fields: Mapping[str, type], slot: int) -> None:
+    if body["slot"] != slot or not all(isinstance(body.get(name), kind) for name, kind in fields.items()):
+        raise CorruptRecordError(f"record {slot}: of another slot, or a field is missing or of another type")
 
 
 def _restored(place: Path, checkpoint: dict[str, Any]) -> Found:

@@ -17,16 +17,18 @@ import pytest
 from taskckpt import Checkpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from taskckpt.testing.servers import S3Server
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 KILLS = 10
 
 
-def run(name: str, **environment: str) -> list[str]:
+def run(name: str, environment: Mapping[str, str] | None = None, *, timeout_s: float = 18) -> list[str]:
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name)], env={**os.environ, **environment},
-        capture_output=True, text=True, timeout=18, check=False,
+        [sys.executable, str(EXAMPLES / name)], env={**os.environ, **(environment or {})},
+        capture_output=True, text=True, timeout=timeout_s, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()
@@ -56,7 +58,7 @@ def test_persistent_counter_goes_on_after_each_failure() -> None:
 
 
 def test_persistent_counter_does_the_same_on_s3(s3_server: S3Server, s3_bucket: str) -> None:
-    lines = run("persistent_counter.py", TASKCKPT_BASE=f"s3://{s3_bucket}/base", **s3_server.environment)
+    lines = run("persistent_counter.py", {"TASKCKPT_BASE": f"s3://{s3_bucket}/base", **s3_server.environment})
     assert what_each_attempt_resumed_from(lines) == [0, 3, 4, 7]
     assert lines[-1] == "result: 10"
     assert not Path(".taskckpt").exists()
@@ -190,10 +192,11 @@ def test_plain_script_in_the_loop_of_its_docstring() -> None:
 # --- pytorch_task.py
 
 
+@pytest.mark.timeout(90)  # it imports torch twice: 3 seconds, or 30 on a disk that has never read it
 def test_pytorch_task_that_is_killed_gives_the_same_losses() -> None:
     if importlib.util.find_spec("torch") is None:
         pytest.skip("NOT TESTED: needs torch (pip install -r tests/requirements-torch.txt)")
-    lines = run("pytorch_task.py")
+    lines = run("pytorch_task.py", timeout_s=80)
     assert [line for line in lines if ": " in line and not line.startswith("losses")] == [
         "pytorch-killed: killed after epoch 5",
         "pytorch-killed: resumes after epoch 5",

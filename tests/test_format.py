@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import logging
 import os
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from blake3 import blake3
 
-from taskckpt import Checkpoint
+from taskckpt import Checkpoint, _chain, _gzip, _log, _records, _retention, _tar
+from taskckpt._layout import keyed_prefix, task_prefix
 from taskckpt.errors import CorruptCheckpointError, UnsupportedFormatError
 from tests import format_reader
 from tests.format_reader import CorruptError, Found, UnsupportedError
@@ -245,6 +247,91 @@ def test_histories_have_all_outcomes(tmp_path: Path, caplog) -> None:
     assert kinds == {None, "corrupt", "folder", "bytes or file"}
 
 
+# --- the turns of the walk that random histories seldom take
+
+
+def file_of(content: bytes) -> Path:
+    path = Path("file.bin")
+    path.write_bytes(content)
+    return path
+
+
+def break_newest_payload(place: Path) -> None:
+    record = json.loads(min((place / "log").iterdir()).read_bytes().partition(b"\n")[0])
+    (place / record["checkpoint"]["stored"]["key"]).write_bytes(b"?")
+
+
+def both_read(place: Path) -> bytes | str | None:
+    said = both_say(place, place.parent / "scratch")
+    return said.content if isinstance(said, Found) else said
+
+
+def test_a_commit_that_is_not_retained_is_passed_over(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    checkpoint = Checkpoint(place, keep=2)
+    for content in (b"one", b"two", b"three"):
+        checkpoint.save_sync(file_of(content) if content == b"three" else content)
+    break_newest_payload(place)
+    assert both_read(place) == b"two"
+    flip(sorted((place / "log").iterdir())[1], random.Random(0))
+    assert both_read(place) == "corrupt"  # "one" may be half deleted by now: the newest commit gave it up
+
+
+def test_what_was_unreadable_when_the_task_was_claimed_counts_again_once_it_is_repaired(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    checkpoint = Checkpoint(place)
+    checkpoint.save_sync(b"old")
+    checkpoint.save_sync(b"new")
+    newest = min((place / "log").iterdir())
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[:50])
+    assert Checkpoint(place).load_bytes_sync() == b"old"
+    assert both_read(place) == b"old"
+    newest.write_bytes(whole)
+    assert both_read(place) == b"new"
+
+
+def test_a_commit_below_the_floor_that_is_kept_is_found(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    checkpoint = Checkpoint(place)
+    checkpoint.save_sync(b"good")
+    checkpoint.save_sync(file_of(b"damaged"))
+    break_newest_payload(place)
+    retry = Checkpoint(place, keep=1)
+    assert retry.load_bytes_sync() == b"good"
+    retry.save_sync(file_of(b"damaged too"))
+    break_newest_payload(place)
+    assert both_read(place) == b"good"
+
+
+def test_sources_are_asked_when_all_own_state_is_damaged(tmp_path: Path) -> None:
+    Checkpoint(tmp_path / "source").save_sync(b"from the source")
+    place = tmp_path / "place"
+    Checkpoint(place, tmp_path / "source").save_sync(file_of(b"own"))
+    assert both_read(place) == b"own"
+    break_newest_payload(place)
+    assert both_read(place) == b"from the source"
+
+
+def test_a_clear_ends_the_way_to_the_sources(tmp_path: Path) -> None:
+    place, source = tmp_path / "place", tmp_path / "source"
+    Checkpoint(source).save_sync(b"from the source")
+    checkpoint = Checkpoint(place, source)
+    assert checkpoint.load_bytes_sync() == b"from the source"
+    assert both_read(place) == b"from the source"
+    checkpoint.clear_sync()
+    assert both_read(place) is None
+    assert Checkpoint(place, source).load_sync() is None
+    assert both_read(place) is None
+
+
+def test_a_damaged_first_record_is_no_lost_checkpoint(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    assert Checkpoint(place).load_sync() is None
+    flip(min((place / "log").iterdir()), random.Random(0))
+    assert both_read(place) is None
+
+
 # --- what a reader must refuse, and what it must pass over
 
 
@@ -296,6 +383,52 @@ def test_names_that_are_no_records_are_passed_over(tmp_path: Path) -> None:
 # --- the document
 
 
+def folder_as_documented(text: str) -> str:
+    """Section 2, "Names of folders", written down a second time."""
+    plain = re.fullmatch(r"[a-z0-9_-]([a-z0-9._-]{0,78}[a-z0-9_-])?", text)
+    if plain and not re.search(r"\.[0-9a-f]{16}\Z", text) and not is_device(text):
+        return text
+    readable = re.sub("[^A-Za-z0-9._-]+", "-", text).strip("-.").replace("..", ".")[:60].rstrip("-.") or "task"
+    readable = f"_{readable}" if is_device(readable) else readable
+    return f"{readable}.{short_hash(text)}"
+
+
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def is_device(text: str) -> bool:
+    stem = text.lower().partition(".")[0]
+    return stem in ("con", "prn", "aux", "nul") or re.fullmatch("(com|lpt)[0-9]", stem) is not None
+
+
+def test_folders_are_named_as_documented() -> None:
+    chance = random.Random(5)
+    texts = [
+        "../etc",
+        "nightly-etl",
+        "Train",
+        "con",
+        "com1.x",
+        "console",
+        "CON",
+        "Lpt9.a",
+        "by-key",
+        "",
+        ".",
+        "a" * 80,
+        "a" * 81,
+    ]
+    texts += ["x.0123456789abcdef", "größer", "\ud800", "a..b...c", "-a-", "f(x=1, y='2')", "x\n"]
+    texts += ["".join(chance.choices("ab.-_/ AÄ0", k=chance.randrange(1, 90))) for _ in range(500)]
+    for text in texts:
+        assert keyed_prefix(text) == f"by-key/{folder_as_documented(text)}"
+        run = f"by-key.{short_hash(text)}" if text == "by-key" else folder_as_documented(text)
+        assert task_prefix(text, text) == f"{run}/{folder_as_documented(text)}"
+    assert "`../etc` becomes `etc.f7f9121fdb53d8de`" in DOCUMENT
+    assert folder_as_documented("../etc") == "etc.f7f9121fdb53d8de"
+
+
 def test_the_worked_example_of_the_document_is_true(tmp_path: Path) -> None:
     place = tmp_path / "place"
     written = example_files(DOCUMENT)
@@ -317,6 +450,19 @@ def example_files(document: str) -> dict[str, bytes]:
     for name, how, text in re.findall(pattern, document, re.MULTILINE | re.DOTALL):
         found[name] = base64.b64decode(text) if "base64" in how else text.encode()
     return found
+
+
+def test_the_numbers_of_the_document_are_those_of_the_package() -> None:
+    for said in (
+        f"at most {_tar.MAX_PATH_BYTES:,} bytes, {_tar.MAX_NAME_BYTES} a component and {_tar.MAX_DEPTH} folders deep",
+        f"`bytes` of at most {_records.INLINE_LIMIT_BYTES:,}",
+        f"the newest {_retention.GUARDED_SLOTS} slots",
+        f"newest first, at most {_log.MAX_FENCED} |",
+        f"in the order to look; at most {_log.MAX_SOURCES} |",
+        f"at most {_chain.MAX_RECORDS_BACK} records from the newest down",
+        f"makes\na member of every {_gzip.BLOCK_BYTES >> 20} MiB",
+    ):
+        assert said in DOCUMENT
 
 
 def test_every_field_that_is_written_is_in_the_document(tmp_path: Path) -> None:

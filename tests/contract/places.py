@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import uuid
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -26,6 +27,21 @@ def shared_session() -> Any:
     return get_session()
 
 
+_clients: dict[tuple[int, str, float], Any] = {}
+
+
+def with_shared_client(checkpoint: Checkpoint, endpoint: str) -> Checkpoint:
+    """A new client takes 0.1 s, and most tests are about something else: they share one."""
+    store: Any = checkpoint._open()
+    while hasattr(store, "_store"):  # intercepted
+        store = store._store
+    key = (os.getpid(), endpoint, checkpoint._timeout_s)
+    if key not in _clients:
+        _clients[key] = store.fs
+    store._filesystem = _clients[key]
+    return checkpoint
+
+
 @dataclass(frozen=True)
 class Place:
     """An empty place of a test's own in one of the stores."""
@@ -44,7 +60,8 @@ class Place:
         return {name: value for name, value in self.options.items() if name != "session"}
 
     def checkpoint(self, path: str = "task", src: Any = None, **arguments: Any) -> Checkpoint:
-        return Checkpoint(self.at(path).url, src, storage_options=self.options, **arguments)
+        made = Checkpoint(self.at(path).url, src, storage_options=self.options, **arguments)
+        return made if self.server is None else with_shared_client(made, self.server.endpoint_url)
 
     def open(self, path: str = "") -> Store:
         return open_store(parse(self.at(path).url), storage_options=self.options, timeout_s=20)

@@ -101,9 +101,6 @@ def forker(*imports: str) -> Iterator[Forker]:
 
 
 def main() -> None:
-    import taskckpt._bridge
-    import taskckpt._local
-    import taskckpt.checkpoint
 
     gc.freeze()  # or each collection in a child would copy all of our memory
     jobs = sys.stdin.buffer
@@ -146,9 +143,7 @@ class _Child:
 
     def _new(self, *, read_only: bool = False) -> Any:
         job = self._job
-        return self._Checkpoint(
-            job.dest, keep=job.keep, storage_options=job.storage_options, read_only=read_only
-        )
+        return self._Checkpoint(job.dest, keep=job.keep, storage_options=job.storage_options, read_only=read_only)
 
     def run(self) -> None:
         job = self._job

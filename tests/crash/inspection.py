@@ -46,8 +46,7 @@ class Place(NamedTuple):
         stored = (
             commit["checkpoint"]["stored"]
             for commit in commits
-            if (commit["slot"] >= newest["floor"] or commit["slot"] in newest["kept"])
-            and commit["slot"] > last_clear
+            if (commit["slot"] >= newest["floor"] or commit["slot"] in newest["kept"]) and commit["slot"] > last_clear
         )
         return {where["key"] for where in stored if "key" in where}
 

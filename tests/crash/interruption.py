@@ -48,7 +48,7 @@ SHUTDOWN_NO_LOG_FLUSH = 2
 class Interruption:
     """At call number ``at`` (from 1; 0 is never): ``act`` before it, in the middle of it, or after it.
 
-    Only ``write`` has a middle: half of the bytes are written.
+    In the middle of a ``write``, half of the bytes are written; other calls have no middle, only an end.
     """
 
     at: int
@@ -80,12 +80,11 @@ def _wrapped(name: str, call: Callable[..., Any], interruption: Interruption) ->
         if interruption.when == "before":
             interruption.act()
         if interruption.when == "middle" and name == "write":
-            call(arguments[0], memoryview(arguments[1])[: len(arguments[1]) // 2])
-            interruption.act()
+            arguments = arguments[0], memoryview(arguments[1])[: len(arguments[1]) // 2]
         try:
             return call(*arguments, **named)
         finally:
-            if interruption.when == "after":
+            if interruption.when != "before":
                 interruption.act()
 
     return wrapper

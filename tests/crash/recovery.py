@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from tests.crash.contents import NOTHING
@@ -10,6 +11,26 @@ from tests.crash.forker import Forker, Job, Outcome
 
 # In a clean process: somebody looks, the next attempt loads, saves, and loads what it saved.
 RECOVERY = ("look", "new", "load", "save bytes 90", "load")
+
+
+def moments(calls: Sequence[str]) -> list[tuple[int, str]]:
+    """Before, in the middle of and after each call; only a ``write`` has a middle."""
+    return [
+        (at, when)
+        for at, name in enumerate(calls, start=1)
+        for when in ("before", "middle", "after")
+        if when != "middle" or name == "write"
+    ]
+
+
+@contextlib.contextmanager
+def noted(*what: object) -> Iterator[None]:
+    """Says when it happened, if an assertion inside fails."""
+    try:
+        yield
+    except AssertionError as error:
+        error.add_note(f"This happened at {what}.")
+        raise
 
 
 def states(before: str, steps: Sequence[str]) -> list[str]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -15,7 +14,7 @@ import pytest
 from tests.crash.contents import NOTHING, recognised
 from tests.crash.forker import Forker, Job, Outcome
 from tests.crash.inspection import local_place
-from tests.crash.recovery import expect_old_or_new, recover, states
+from tests.crash.recovery import expect_old_or_new, moments, noted, recover, states
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,7 @@ STORIES = {
     "a second save and prune, keep=1": Story(
         ["save bytes 1", "save folder 2", "save inline 3", "save bytes 4"], keep=1
     ),
-    "a second save and prune, keep=2": Story(
-        ["save bytes 1", "save file 2", "save bytes 3", "save bytes 4"], keep=2
-    ),
+    "a second save and prune, keep=2": Story(["save bytes 1", "save file 2", "save bytes 3", "save bytes 4"], keep=2),
     "a retry prunes what others saved": Story(
         ["load", "save bytes 4", "save bytes 5"],
         [ended("save bytes 1", "save folder 2"), ended("load", "save file 3")],
@@ -79,15 +76,11 @@ STORIES = {
     ),
     "load claims": Story(["load"], [ended("save folder 1")]),
     "load claims where nothing is": Story(["load"]),
-    "clear by a retry": Story(
-        ["clear", "save bytes 3"], [ended("save bytes 1", "save folder 2")]
-    ),
+    "clear by a retry": Story(["clear", "save bytes 3"], [ended("save bytes 1", "save folder 2")]),
     "clear by the attempt that saved": Story(["save bytes 1", "save folder 2", "clear", "save inline 3"], skip=2),
     "the first save sweeps": Story(["save bytes 5"], LITTER),
     "a load and the first save sweep": Story(["load", "save folder 5"], LITTER),
-    "without hard links": Story(
-        ["load", "save inline 2", "save bytes 3"], [ended("save bytes 1")], without=["link"]
-    ),
+    "without hard links": Story(["load", "save inline 2", "save bytes 3"], [ended("save bytes 1")], without=["link"]),
 }
 
 
@@ -110,9 +103,7 @@ class Rehearsal:
             without=story.without,
         )
         for steps, at, when in story.earlier:
-            job = replace(
-                self.job, steps=steps, at=at, when=when, skip=len(steps) - 1, without=(), switches={}
-            )
+            job = replace(self.job, steps=steps, at=at, when=when, skip=len(steps) - 1, without=(), switches={})
             assert forks.run(job).killed == bool(at)
         if self._dest.exists():
             self._dest.rename(self._template)
@@ -158,24 +149,6 @@ class Rehearsal:
             # Payloads of a claim that has commits stay: to tell them apart all commits would have to be read.
             garbage = {key for key in garbage if "/.partial-" in key}
         assert not garbage
-
-
-def moments(calls: Sequence[str]) -> list[tuple[int, str]]:
-    return [
-        (at, when)
-        for at, name in enumerate(calls, start=1)
-        for when in ("before", "middle", "after")
-        if when != "middle" or name == "write"
-    ]
-
-
-@contextlib.contextmanager
-def noted(*what: object) -> Iterator[None]:
-    try:
-        yield
-    except AssertionError as error:
-        error.add_note(f"Killed {what}.")
-        raise
 
 
 @pytest.mark.parametrize("name", STORIES)

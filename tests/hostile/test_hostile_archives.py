@@ -1,6 +1,6 @@
 """Archives built by hand from bytes, each with one thing that must never be restored.
 
-Each gets a typed error within 2 seconds of CPU time and 16 MiB; a canary beside the target keeps contents, modes and times.
+Each gets a typed error within 2 seconds of CPU time and 16 MiB; a canary beside the target stays as it was.
 The forms of known attacks on tarfile are in: CVE-2007-4559, CVE-2024-12718, CVE-2025-4138, -4330, -4435, -4517 and
 -8194, CVE-2026-11940.
 """

@@ -35,6 +35,7 @@ class Schedule(NamedTuple):
     faults: int = 0
     delayed: bool = False
     readdir: tuple[str, ...] = ()
+    max_slot: int = 8  # how far its world is explored
 
 
 SCHEDULES: tuple[Schedule, ...] = (
@@ -234,8 +235,8 @@ SCHEDULES: tuple[Schedule, ...] = (
         writers=(("A", "save", ""), ("B", "save save", "")),
         violates="I2 saved",
         instead=(
-            "B's prune leaves slot 2 (its neighbours are A's and B's). A's second try is refused, A "
-            "reads its own save nonce there: it was saved, and is now outranked."
+            "B deletes records of its own only, so slot 2 stays. A's second try is refused, A reads its own "
+            "save nonce there: it was saved, and is now outranked."
         ),
         steps=(
             ("A", "list", 0),
@@ -356,14 +357,47 @@ SCHEDULES: tuple[Schedule, ...] = (
         ),
     ),
     Schedule(
+        name="void-join-read-as-the-top",
+        source="model",
+        off=("confirm_entries",),
+        writers=(("A", "save save", ""), ("Q", "load", "A"), ("P", "load load", "A")),
+        violates="I1",
+        instead=(
+            "P, which is in, finds a join of its own attempt with no head at the top, lists again, sees slot 4 and "
+            "starts over: it gives A's second save, not None."
+        ),
+        steps=(
+            ("P", "list", 0),
+            ("P", "create", 1, "claim", "ok"),
+            ("A", "list", 1),
+            ("A", "read", 1),
+            ("P", "list", 1),
+            ("A", "create", 2, "join", "ok"),
+            ("A", "list", 2),
+            ("A", "put", "A1"),
+            ("Q", "list", 2),
+            ("A", "create", 3, "commit", "ok"),
+            ("A", "prune ends"),
+            ("A", "put", "A2"),
+            ("Q", "read", 2),
+            ("P", "list", 3),
+            ("A", "create", 4, "commit", "ok"),
+            ("A", "delete payload", "A1"),
+            ("A", "delete record", 3),
+            ("Q", "create", 3, "join", "ok"),
+            ("P", "read", 3),
+        ),
+        max_slot=5,
+    ),
+    Schedule(
         name="own-late-claim-read-as-held",
         source="model",
         off=("join_own",),
         writers=(("A", "save save", ""), ("B", "save", "")),
         violates="I2 held",
         instead=(
-            "B finds its own claim in slot 2, lists again before believing that it holds the task, "
-            "sees slot 3, and claims 4."
+            "B finds its own claim in slot 2 and joins it, as it would join its parent's: slot 3 is taken, so it lists "
+            "again and claims 4."
         ),
         steps=(
             ("A", "list", 0),
@@ -420,7 +454,8 @@ SCHEDULES: tuple[Schedule, ...] = (
         writers=(("A", "save save save", ""), ("R", "load", "view")),
         violates="I1",
         instead=(
-            "R lists again after reading slot 2, sees slot 3 and starts over: it gives A's third save, not its first."
+            "A leaves record 2 where it is, as a create of its own may still be under way there; it finds the slot "
+            "taken. R, which finds the second save's payload gone, lists again and gives A's third save."
         ),
         steps=(
             ("A", "list", 0),
@@ -450,9 +485,7 @@ SCHEDULES: tuple[Schedule, ...] = (
         off=("fenced",),
         writers=(("A", "save", ""), ("Q", "save", "A"), ("B", "save", "")),
         violates="I2 a fenced",
-        instead=(
-            "The late one of A and Q walks down from B's claim, meets its own nonce: StaleAttemptError. B goes on."
-        ),
+        instead=("A and Q find their own nonce among those that B's claim has fenced: StaleAttemptError. B goes on."),
         steps=(
             ("A", "list", 0),
             ("A", "create", 1, "claim", "ok"),

@@ -10,7 +10,7 @@ import pytest
 from tests.model.model_explorer import explore, follow
 from tests.model.protocol_model import Rules
 from tests.model.schedules import SCHEDULES, Schedule
-from tests.model.worlds import FULL, SAFE, slow_listing, world_of
+from tests.model.worlds import FULL, SAFE, shallow_fenced, slow_listing, world_of
 
 NEEDS_FULL = pytest.mark.skipif(
     os.environ.get("TASKCKPT_MODEL") != "full",
@@ -76,3 +76,13 @@ def test_the_guard_must_be_deeper_than_a_listing_is_slow(newest: int, saves: int
     assert not explore(slow_listing(newest, saves - 1, agree=agree)).violations
     result = explore(slow_listing(newest, saves, agree=agree))
     assert any(name.startswith("I2 held") for name in result.violations), result
+
+
+def test_a_record_must_name_as_many_claims_as_an_attempt_may_lag_behind() -> None:
+    """One who is not in yet finds itself among the newest `fenced` claims; after that many others, it claims again.
+
+    So the real 16 bounds how many attempts may come between a process and a child of its that begins to write.
+    """
+    assert not explore(shallow_fenced(2)).violations
+    result = explore(shallow_fenced(1))
+    assert any(name.startswith("I2 a fenced attempt claims again") for name in result.violations), result

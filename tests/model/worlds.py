@@ -30,7 +30,7 @@ def world_of(schedule: Schedule, *, rules_on: bool) -> Config:
         delayed=schedule.delayed,
         readdir=tuple(names.index(name) for name in schedule.readdir),
         separate_puts=True,
-        max_slot=8,
+        max_slot=schedule.max_slot,
     )
 
 
@@ -46,6 +46,12 @@ def slow_listing(newest: int, saves: int, *, agree: bool) -> Config:
     """B takes the task over with a listing that is no snapshot, while A saves `saves` times and prunes."""
     world = _world("A" + " save" * saves, "B save", readdir=(1,), newest=newest, max_slot=14)
     return replace(world, rules=replace(world.rules, agree=agree))
+
+
+def shallow_fenced(fenced: int) -> Config:
+    """Three attempts, so that two newer claims may come between an attempt's own and its next look."""
+    world = _world("A save", "B save", "C save")
+    return replace(world, rules=replace(world.rules, fenced=fenced))
 
 
 # R only reads, Q and P are forked from A. States and seconds of each stand in the README.
@@ -64,6 +70,9 @@ SAFE: dict[str, Config] = {
     "child": _world("A save save save", "Q<A save save", max_slot=9),
     "child, clear, reader": _world("A save clear", "Q<A save", "R<view load", max_slot=7),
     "child, late create": _world("A save save", "Q<A save", faults=1, delayed=True, max_slot=7),
+    "child, owners load": _world("A save load save", "Q<A save load save", max_slot=8),
+    "two children, owners load": _world("A save save", "Q<A save", "P<A load load", max_slot=6),
+    "late create, owners load": _world("A save load save load", "B load save", faults=1, delayed=True),
     "child, second attempt": _world("A save save", "Q<A save", "B save save", max_slot=7),
     "sweep": _world("A save sweep", "Q<A save", "B save sweep", separate_puts=True, max_slot=6),
     "sweep, late create": _world("A save save", "B sweep save sweep", faults=1, delayed=True, separate_puts=True),
@@ -76,6 +85,7 @@ FULL: dict[str, Config] = {
     "three attempts, late create": _world("A save save save", "B save save", "C save", faults=1, delayed=True),
     "three attempts, clear, late create": _world("A save clear", "B save save", "C save", faults=1, delayed=True),
     "reader, two late creates": _world("A save save save", "B save", "R<view load", faults=2, delayed=True),
+    "reader, three late creates": _world("A save save save save", "R<view load load", faults=3, delayed=True),
     "child, second attempt, late create": _world(
         "A save save", "Q<A save", "B save", faults=1, delayed=True, max_slot=7
     ),

@@ -10,6 +10,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +56,13 @@ def engine():
     engines.unregister("nightly")
 
 
+def here() -> TaskContext:
+    """The task that this code certainly is in."""
+    found = ctx()
+    assert found is not None
+    return found
+
+
 def records_of(cp: Checkpoint):
     log = Path(cp.remote_destination) / "log"
     found = [
@@ -66,7 +74,7 @@ def records_of(cp: Checkpoint):
 
 def seen_by(thread_target):
     """What a new thread gets from a function, or the exception that it raises there."""
-    answers: queue.Queue = queue.Queue()
+    answers: queue.Queue[Any] = queue.Queue()
 
     def run():
         try:
@@ -84,8 +92,8 @@ class Helper:
     """A thread that does what it is told, and stays."""
 
     def __init__(self):
-        self._todo: queue.Queue = queue.Queue()
-        self._done: queue.Queue = queue.Queue()
+        self._todo: queue.Queue[Any] = queue.Queue()
+        self._done: queue.Queue[Any] = queue.Queue()
         self._thread = threading.Thread(target=self._loop)
         self._thread.start()
 
@@ -299,7 +307,7 @@ def test_a_relative_base_is_absolute_for_children(tmp_path, monkeypatch):
     @task
     def work():
         monkeypatch.chdir("/")
-        return ctx().base, os.environ["TASKCKPT_BASE"]
+        return here().base, os.environ["TASKCKPT_BASE"]
 
     assert work() == (str(tmp_path / "relative/base"),) * 2
 
@@ -456,11 +464,12 @@ def test_pool_threads_older_than_the_task_do_not_guess(base):
 
         @task
         def work():
-            return pool.submit(ctx).result(), pool.submit(lambda: pytest.raises(NoTaskContextError, checkpoint)).result()
+            return pool.submit(ctx).result(), pool.submit(checkpoint).exception()
 
-        none, info = work()
+        none, error = work()
     assert none is None
-    assert "Threads of a pool that is older than the task do not see it" in str(info.value)
+    assert isinstance(error, NoTaskContextError)
+    assert "Threads of a pool that is older than the task do not see it" in str(error)
 
 
 def test_older_threads_can_be_handed_the_context(base):
@@ -531,7 +540,7 @@ def test_two_tasks_in_parallel_threads_keep_apart(base):
         barrier.wait()
         unclear = seen_by(ctx)
         barrier.wait()
-        return ctx().task, cp.load_bytes_sync(), unclear
+        return here().task, cp.load_bytes_sync(), unclear
 
     with ThreadPoolExecutor(2) as pool:
         one, two = pool.map(work, range(2))
@@ -596,7 +605,7 @@ def test_tasks_in_one_loop_keep_apart(base):
                 await checkpoint().save(b"%d" % number)
             async with turn:
                 assert await asyncio.to_thread(lambda: checkpoint().load_bytes_sync()) == b"%d" % number
-            return ctx().task
+            return here().task
 
         async def bystander():
             async with turn:
@@ -656,15 +665,15 @@ def test_a_task_that_its_caller_waits_for(base):
 def test_sync_and_async_tasks_nest(base):
     @task(key="c")
     def innermost():
-        return ctx().task
+        return here().task
 
     @task(key="b")
     async def inner():
-        return innermost(), ctx().task
+        return innermost(), here().task
 
     @task(key="a")
     def outer():
-        return asyncio.run(inner()), ctx().task
+        return asyncio.run(inner()), here().task
 
     assert outer() == (("c", "b"), "a")
 
@@ -674,14 +683,17 @@ def test_sync_and_async_tasks_nest(base):
 
 def test_nested_tasks_have_places_of_their_own(base):
     @task
-    def inner(x):
-        checkpoint().save_sync(b"inner%d" % x)
-        return ctx()
-
-    @task
     def outer():
         checkpoint().save_sync(b"outer")
-        contexts = [task(key=f"inner{x}")(lambda x=x: (checkpoint().save_sync(b"inner%d" % x), ctx())[1])() for x in (1, 2)]
+        contexts = []
+        for number in (1, 2):
+
+            @task(key=f"inner{number}")
+            def inner(x):
+                checkpoint().save_sync(b"inner%d" % x)
+                return here()
+
+            contexts.append(inner(number))
         assert checkpoint().load_bytes_sync() == b"outer"
         return ctx(), *contexts
 
@@ -759,6 +771,7 @@ def test_the_environment_is_restored(base, monkeypatch):
     monkeypatch.setenv("TASKCKPT_RUN", "r")
     monkeypatch.setenv("TASKCKPT_TASK", "outer")
     monkeypatch.setenv("TASKCKPT_OTHER", "x")
+    assert ctx() is not None  # from now on, children of this process join its claim
     before = dict(os.environ)
 
     @task(key="k", keep=None)
@@ -800,7 +813,7 @@ def test_attempts_are_told(base):
 
     @task(retries=2, wait_initial_s=0, wait_max_s=0)
     def work():
-        told.append((ctx().attempt, now()["TASKCKPT_ATTEMPT"], now()["TASKCKPT_CLAIMS"]))
+        told.append((here().attempt, now()["TASKCKPT_ATTEMPT"], now()["TASKCKPT_CLAIMS"]))
         raise OSError
 
     with pytest.raises(OSError):
@@ -813,7 +826,7 @@ def test_keys_used_on_the_way_are_handed_down_as_well(base):
     @task(key="outer")
     def outer():
         checkpoint("side").save_sync(b"1")
-        own = ctx().environ()["TASKCKPT_CLAIMS"]
+        own = here().environ()["TASKCKPT_CLAIMS"]
         return own, task(key="inner")(lambda: now()["TASKCKPT_CLAIMS"])()
 
     own, inner = outer()
@@ -826,7 +839,7 @@ def test_keys_used_on_the_way_are_handed_down_as_well(base):
 def test_environ_says_everything(base):
     @task(key="k")
     def work():
-        return ctx().environ()
+        return here().environ()
 
     given = work()
     assert set(given) == HANDED_DOWN
@@ -859,13 +872,13 @@ def leaf_given_its_environment(base, monkeypatch):
 def test_a_context_is_pickled_with_its_claim(base):
     @task
     def work():
-        ctx().checkpoint.save_sync(b"1")
+        here().checkpoint.save_sync(b"1")
         again = pickle.loads(pickle.dumps(ctx()))
-        assert again.place == ctx().place
+        assert again.place == here().place
         assert again.checkpoint.load_bytes_sync() == b"1"
         again.checkpoint.save_sync(b"2")
-        ctx().checkpoint.save_sync(b"3")
-        return records_of(ctx().checkpoint)
+        here().checkpoint.save_sync(b"3")
+        return records_of(here().checkpoint)
 
     assert work().count("Claim") == 1
 
@@ -873,7 +886,7 @@ def test_a_context_is_pickled_with_its_claim(base):
 def test_a_checkpoint_is_never_none_and_always_true(base):
     @task
     def work():
-        return ctx().checkpoint
+        return here().checkpoint
 
     assert work()
     assert isinstance(work(), Checkpoint)
@@ -882,7 +895,7 @@ def test_a_checkpoint_is_never_none_and_always_true(base):
 def test_secrets_are_not_shown(base):
     @task(storage_options={"secret": "hunter2"})
     def work():
-        return repr(ctx()), repr(ctx().checkpoint)
+        return repr(ctx()), repr(here().checkpoint)
 
     assert "hunter2" not in "".join(work())
 

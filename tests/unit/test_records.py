@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from blake3 import blake3
@@ -21,7 +22,6 @@ from taskckpt._records import (
     Stored,
     decode,
     encode,
-    moved_to,
 )
 from taskckpt.errors import CorruptCheckpointError, UnsupportedFormatError
 
@@ -39,7 +39,7 @@ texts = st.text(alphabet=st.characters(codec="utf-8"), max_size=20)
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | texts, lambda inner: st.lists(inner) | st.dictionaries(texts, inner)
 )
-claims = st.builds(ClaimId, numbers, nonces)
+claims = st.builds(ClaimId, numbers, nonces, st.lists(nonces, max_size=3).map(tuple))
 digests = st.builds(Digest, numbers, st.binary(min_size=32, max_size=32).map(bytes.hex))
 stamps = st.builds(Stamp, numbers, claims, nonces, nonces, texts, st.dictionaries(texts, plain, max_size=3))
 several = st.lists(numbers, max_size=4).map(tuple)
@@ -58,17 +58,24 @@ contents = st.builds(
 )
 heads = st.none() | numbers
 records = st.one_of(
-    st.builds(Claim, stamps, heads, several, st.none() | claims, st.lists(texts, max_size=3).map(tuple)),
+    st.builds(Claim, stamps, heads, several, st.lists(texts, max_size=3).map(tuple)),
     st.builds(Join, stamps, heads, several),
     st.builds(Commit, stamps, contents, stored, heads, heads, numbers, numbers, several),
     st.builds(Clear, stamps),
 )
 
 
-STAMP = Stamp(7, ClaimId(3, "00112233445566aa"), "w" * 16, "n" * 16, "2026-11-21T06:00:00Z", {"host": "höst", "pid": 7})
+STAMP = Stamp(
+    7,
+    ClaimId(3, "00112233445566aa", ("ff" * 8, "ee" * 8)),
+    "w" * 16,
+    "n" * 16,
+    "2026-11-21T06:00:00Z",
+    {"host": "höst", "pid": 7},
+)
 BYTES = Content("bytes", Digest.of(b"17"))
-EXAMPLES = {
-    "claim": Claim(STAMP, 5, (6, 4), ClaimId(2, "ff" * 8), ("s3://bucket/old",)),
+EXAMPLES: dict[str, Any] = {
+    "claim": Claim(STAMP, 5, (6, 4), ("s3://bucket/old",)),
     "join": Join(STAMP, 5, (6,)),
     "commit": Commit(STAMP, BYTES, Stored(Digest.of(b"17"), inline=b"17"), 5, 4, 2, 4, (2,)),
     "commit-file": Commit(
@@ -94,7 +101,7 @@ def sealed_line(line: bytes) -> bytes:
     return first + b'{"blake3": "' + blake3(first).hexdigest().encode() + b'"}\n'
 
 
-def body_of(name: str) -> dict:
+def body_of(name: str) -> dict[str, Any]:
     return json.loads(encode(EXAMPLES[name]).partition(b"\n")[0])
 
 
@@ -120,11 +127,6 @@ def test_a_record_of_another_slot_is_refused(record, slot):
         return
     with pytest.raises(CorruptCheckpointError, match=f"Record {slot} holds the content of record"):
         decode(encode(record), slot=slot, uri=URI)
-    moved = moved_to(record, slot)
-    assert decode(encode(moved), slot=slot, uri=URI) == moved
-    assert moved.stamp.nonce == record.stamp.nonce
-    expected = slot if isinstance(record, Claim) else record.stamp.claim.slot
-    assert moved.stamp.claim == ClaimId(expected, record.stamp.claim.nonce)
 
 
 def test_two_lines_of_json_that_others_can_read():
@@ -141,9 +143,11 @@ def test_two_lines_of_json_that_others_can_read():
 
 def test_known_bytes():
     """Version 1 as it lies in stores: this may never change."""
-    data = encode(Clear(Stamp(2, ClaimId(1, "aa" * 8), "bb" * 8, "cc" * 8, "2026-11-21T06:00:00.000000Z", {"attempt": 0})))
+    data = encode(
+        Clear(Stamp(2, ClaimId(1, "aa" * 8), "bb" * 8, "cc" * 8, "2026-11-21T06:00:00.000000Z", {"attempt": 0}))
+    )
     assert data == (
-        b'{"format": 1, "kind": "clear", "slot": 2, "claim": {"slot": 1, "nonce": "aaaaaaaaaaaaaaaa"}, '
+        b'{"format": 1, "kind": "clear", "slot": 2, "claim": {"slot": 1, "nonce": "aaaaaaaaaaaaaaaa", "fenced": []}, '
         b'"writer": "bbbbbbbbbbbbbbbb", "nonce": "cccccccccccccccc", "time": "2026-11-21T06:00:00.000000Z", '
         b'"about": {"attempt": 0}}\n'
         b'{"blake3": "' + blake3(data.partition(b"\n")[0] + b"\n").hexdigest().encode() + b'"}\n'
@@ -190,7 +194,15 @@ def test_every_cut_is_refused(name):
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_what_was_added_is_refused(name):
     data = encode(EXAMPLES[name])
-    for changed in (data + b"\n", data + b" ", b" " + data, b"\n" + data, data + data, data.replace(b"\n", b"\r\n"), b"\xef\xbb\xbf" + data):
+    for changed in (
+        data + b"\n",
+        data + b" ",
+        b" " + data,
+        b"\n" + data,
+        data + data,
+        data.replace(b"\n", b"\r\n"),
+        b"\xef\xbb\xbf" + data,
+    ):
         with pytest.raises(CorruptCheckpointError):
             read(changed)
 
@@ -248,7 +260,7 @@ def test_unknown_fields_are_passed_over(name):
 
 # --- malformed ---------------------------------------------------------------------------------
 
-WRONG = {
+WRONG: dict[str, list[Any]] = {
     "integer": [None, True, "7", 7.0, -1, [7], {}],
     "string": [None, True, 7, ["a"], {}],
     "object": [None, True, 7, "a", [{}]],
@@ -257,11 +269,12 @@ WRONG = {
 }
 OPTIONAL = {kind: [value for value in values if value is not None] for kind, values in WRONG.items()}
 DIGEST = {"size": WRONG["integer"], "blake3": WRONG["string"]}
-COMMON = {
+COMMON: dict[str, list[Any]] = {
     "slot": WRONG["integer"],
     "claim": WRONG["object"],
     "claim.slot": WRONG["integer"],
     "claim.nonce": WRONG["string"],
+    "claim.fenced": WRONG["strings"],
     "writer": WRONG["string"],
     "nonce": WRONG["string"],
     "time": WRONG["string"],
@@ -269,7 +282,7 @@ COMMON = {
     "kind": WRONG["string"],
 }
 HEAD = {"head": OPTIONAL["integer"], "unreadable": WRONG["integers"]}
-COMMIT = {
+COMMIT: dict[str, list[Any]] = {
     "previous": OPTIONAL["integer"],
     "resumed_from": OPTIONAL["integer"],
     "count": WRONG["integer"],
@@ -284,20 +297,27 @@ COMMIT = {
     "checkpoint.stored.size": WRONG["integer"],
     "checkpoint.stored.blake3": WRONG["string"],
 }
-FIELDS = {
+FIELDS: dict[str, dict[str, list[Any]]] = {
     "claim": COMMON
     | HEAD
     | {
-        "replaces": OPTIONAL["object"],
-        "replaces.slot": WRONG["integer"],
-        "replaces.nonce": WRONG["string"],
         "continues_from": WRONG["strings"],
     },
     "join": COMMON | HEAD,
     "commit": COMMON
     | COMMIT
     | {
-        "checkpoint.stored.inline": [None, 7, "17", [], {}, {"text": 7}, {"base64": "?"}, {"base64": "MTc"}, {"text": "18"}]
+        "checkpoint.stored.inline": [
+            None,
+            7,
+            "17",
+            [],
+            {},
+            {"text": 7},
+            {"base64": "?"},
+            {"base64": "MTc"},
+            {"text": "18"},
+        ]
     },
     "commit-file": COMMON
     | COMMIT
@@ -306,17 +326,23 @@ FIELDS = {
         "checkpoint.mode": [7, True, "8", "rwx", "", "-7", "0o7", " 7", "7_7", "1" * 99],
         "checkpoint.mtime_ns": [7, True, "x", "", "1.5", "1e3", " 1", "1_0", "9" * 40],
         "checkpoint.entries": OPTIONAL["integer"],
-        "checkpoint.stored.key": [None, 7, [], "", "log/x", "/etc/passwd", "data/../../x", "data/x/..", "../data/x", "data/"],
+        "checkpoint.stored.key": [
+            None,
+            7,
+            [],
+            "",
+            "log/x",
+            "/etc/passwd",
+            "data/../../x",
+            "data/x/..",
+            "../data/x",
+            "data/",
+        ],
     },
     "clear": COMMON,
 }
 CASES = [(name, path, wrong) for name, fields in FIELDS.items() for path, values in fields.items() for wrong in values]
-MISSING = [
-    (name, path)
-    for name, fields in FIELDS.items()
-    for path, values in fields.items()
-    if None in values
-]
+MISSING = [(name, path) for name, fields in FIELDS.items() for path, values in fields.items() if None in values]
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -395,7 +421,7 @@ def test_a_number_of_a_million_digits():
 # --- text or base64 ----------------------------------------------------------------------------
 
 
-def stored_as(data: bytes) -> dict:
+def stored_as(data: bytes) -> dict[str, Any]:
     record = replace(EXAMPLES["commit"], stored=Stored(Digest.of(data), inline=data))
     encoded = encode(record)
     assert read(encoded).stored.inline == data
@@ -407,7 +433,9 @@ def test_text_is_kept_readable(data):
     assert stored_as(data) == {"text": data.decode()}
 
 
-@pytest.mark.parametrize("data", [b"\xff", b"\x80abc", b"\0" * 1000, b"\x01\x02" * 500, bytes(range(256)), b"\xed\xa0\x80"])
+@pytest.mark.parametrize(
+    "data", [b"\xff", b"\x80abc", b"\0" * 1000, b"\x01\x02" * 500, bytes(range(256)), b"\xed\xa0\x80"]
+)
 def test_what_text_cannot_hold_or_blows_up_becomes_base64(data):
     assert stored_as(data) == {"base64": base64.b64encode(data).decode()}
 

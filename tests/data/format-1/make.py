@@ -1,9 +1,10 @@
 """Made the golden checkpoints in this folder, once. They must load for ever; they are never made again.
 
     python tests/data/format-1/make.py FOLDER
+    python tests/data/format-1/make.py --example
 
-makes such a set anew in FOLDER (with other nonces and times), for a look at what changed. A format
-version 2 gets a folder and a script of its own.
+makes such a set anew in FOLDER (with other nonces and times), for a look at what changed; prints section 10
+of docs/format.md anew. A format version 2 gets a folder and a script of its own.
 """
 
 from __future__ import annotations
@@ -187,5 +188,40 @@ def shown(data: bytes) -> str:
         return "base64:" + base64.b64encode(data).decode()
 
 
+# --- the worked example of the document
+
+
+def print_example() -> None:
+    platform.node = lambda: "example"
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chdir(scratch)
+        first = Checkpoint("place")
+        first.load_sync()
+        first.save_sync(b"step 1")
+        notes = Path("notes", "notes.txt")
+        notes.parent.mkdir()
+        notes.write_bytes(b"step 2\n")
+        for path, mode in ((notes, 0o644), (notes.parent, 0o755)):
+            path.chmod(mode)
+            os.utime(path, ns=(1_750_000_000 * 10**9,) * 2)
+        first.save_sync("notes")
+        second = Checkpoint("place")
+        second.load_sync()
+        second.save_sync(b"\xff\x00")
+        for path in (*sorted(Path("place/log").iterdir(), reverse=True), *Path("place/data").glob("*/*")):
+            show_file(path)
+
+
+def show_file(path: Path) -> None:
+    data, name = path.read_bytes(), path.relative_to("place")
+    if path.suffix == ".jsonl":
+        print(f"**`{name}`**\n\n```json\n{data.decode()}```\n")
+    else:
+        print(f"**`{name}`** ({len(data)} bytes, in base64)\n\n```text\n{base64.encodebytes(data).decode()}```\n")
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).absolute())
+    if sys.argv[1:] == ["--example"]:
+        print_example()
+    else:
+        main(Path(sys.argv[1]).absolute())

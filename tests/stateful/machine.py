@@ -1,0 +1,307 @@
+"""Several attempts of one task at once, with faults, crashes and rot, against the oracle."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import hypothesis.strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
+
+from taskckpt import Checkpoint
+from taskckpt.errors import (
+    CommitUnknownError,
+    CorruptCheckpointError,
+    StaleAttemptError,
+    UnavailableError,
+)
+from taskckpt.testing import instant_retries, intercepted
+from tests.stateful.oracle import CORRUPT, Family, Oracle, Saved
+
+GUARDED, BATCH, INLINE = 4, 2, 1024
+SIZES = {"small": 20, "large": 3000, "file": 2000, "folder": 2500}
+MOST_ATTEMPTS = 15  # a record names 16 claims before it
+
+
+class Crash(BaseException):
+    """The process ends here: nothing of it reaches the store any more."""
+
+
+@dataclass(eq=False)
+class Process:
+    """One process of an attempt."""
+
+    name: str
+    family: Family
+    checkpoint: Checkpoint
+    child: bool = False
+    loaded: str | None = None
+    stale: bool = False
+    crashed: bool = False
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class Place:
+    """The task's store, seen from outside the package."""
+
+    def __init__(self, kind: str, root: Path) -> None:
+        self.kind = kind
+        self.dest = str(root) if kind == "local" else f"memory:/{root}"
+        self._fs = fsspec.filesystem("memory")
+
+    def keys(self, folder: str) -> set[str]:
+        root = self.dest.removeprefix("memory:/") + "/" + folder
+        if self.kind == "local":
+            return {os.path.join(at, name) for at, _, names in os.walk(root) for name in names}
+        return set(self._fs.find(root))
+
+    def damage(self, key: str, how: str) -> None:
+        data = Path(key).read_bytes() if self.kind == "local" else self._fs.cat_file(key)
+        middle = len(data) // 2
+        data = data[:middle] + (b"" if how == "cut" else bytes([data[middle] ^ 1]) + data[middle + 1 :])
+        if how == "gone":
+            os.unlink(key) if self.kind == "local" else self._fs.rm_file(key)
+        elif self.kind == "local":
+            Path(key).write_bytes(data)
+        else:
+            self._fs.pipe_file(key, data)
+
+
+class Attempts(RuleBasedStateMachine):
+    """Two to four processes of one task at a time."""
+
+    processes: Bundle[Process] = Bundle("processes")
+
+    def __init__(self, kind: str, root: Path) -> None:
+        super().__init__()
+        shutil.rmtree(root, ignore_errors=True)
+        root.mkdir(parents=True)
+        self.place = Place(kind, root / "task")
+        if kind == "memory" and self.place.keys(""):
+            fsspec.filesystem("memory").rm(str(root), recursive=True)
+        self.scratch = root / "scratch"
+        self.oracle = Oracle()
+        self.families = self.count = self.entries = 0
+        self.fault: tuple[int, str] | None = None
+        self.faulted = False
+        self.crashing = False
+        self.stack = ExitStack()
+        self.stack.enter_context(intercepted(self.hook))
+        self.stack.enter_context(instant_retries())
+
+    def teardown(self) -> None:
+        self.stack.close()
+
+    # -- faults -----------------------------------------------------------------------------------------
+
+    def hook(self, when: str, verb: str, keys: Sequence[str]) -> None:
+        if self.crashing:
+            raise Crash
+        if verb == "create" and when == "after":
+            self.entries += 1
+        if self.fault is None:
+            return
+        left, how = self.fault
+        if not how.endswith(when):
+            return
+        self.fault = (left - 1, how)
+        if left > 0:
+            return
+        self.fault, self.faulted = None, True
+        if how.startswith("crash"):
+            self.crashing = True
+            raise Crash
+        raise UnavailableError(f"As wished, {how} {verb}.", uri=self.place.dest)
+
+    @rule(left=st.integers(0, 12), how=st.sampled_from(["lost before", "lost after", "crash before", "crash after"]))
+    def arm(self, left: int, how: str) -> None:
+        self.fault = (left, how)
+
+    @rule()
+    def calm(self) -> None:
+        self.fault = None
+
+    # -- processes --------------------------------------------------------------------------------------
+
+    @initialize(target=processes, keep=st.sampled_from([1, 2, 3, None]))
+    def first_attempt(self, keep: int | None) -> Process:
+        return self.new_attempt(keep)
+
+    @precondition(lambda self: self.families < MOST_ATTEMPTS)
+    @rule(target=processes, keep=st.sampled_from([1, 2, 3, None]))
+    def attempt(self, keep: int | None) -> Process:
+        return self.new_attempt(keep)
+
+    def new_attempt(self, keep: int | None) -> Process:
+        self.families += 1
+        family = Family(f"attempt{self.families}", keep)
+        return Process(family.name, family, Checkpoint(self.place.dest, keep=keep))
+
+    @rule(target=processes, parent=processes)
+    def child(self, parent: Process) -> Process:
+        self.count += 1
+        checkpoint = pickle.loads(pickle.dumps(parent.checkpoint))
+        return Process(f"{parent.name}.child{self.count}", parent.family, checkpoint, child=True)
+
+    @rule(process=consumes(processes))
+    def ends(self, process: Process) -> None:
+        """It never asks the store again; a later one may be its child nonetheless."""
+
+    # -- operations -------------------------------------------------------------------------------------
+
+    @rule(process=processes, kind=st.sampled_from(sorted(SIZES)))
+    def save(self, process: Process, kind: str) -> None:
+        self.count += 1
+        label = f"{kind}-{self.count}"
+        before = self.place.keys("data")
+        result = self.operate(process, lambda: process.checkpoint.save_sync(self.content(label, kind)))
+        keys = tuple(self.place.keys("data") - before)
+        if result in ("done", "unknown"):
+            self.oracle.saved(Saved(label, result == "done", keys=keys), process.family, process.loaded)
+        if result == "done" and kind != "small":
+            assert len(keys) == 1
+        if result == "done" and not self.faulted:
+            self.expect_few_payloads(process)
+
+    @rule(process=processes)
+    def load(self, process: Process) -> None:
+        found: list[str | None] = []
+        result = self.operate(process, lambda: found.append(self.loaded(process.checkpoint)))
+        if result == "done":
+            self.judge_load(found[0])
+            if found[0] != CORRUPT:
+                process.loaded = found[0]
+
+    @precondition(lambda self: any(one.claimed == "yes" for one in self.oracle.owners))
+    @rule(process=processes)
+    def clear(self, process: Process) -> None:
+        result = self.operate(process, process.checkpoint.clear_sync)
+        if result in ("done", "unknown"):
+            self.oracle.saved(Saved(None, result == "done"), process.family, None)
+            process.loaded = None
+
+    @rule()
+    def look(self) -> None:
+        """A view that writes nothing."""
+        fault, self.fault = self.fault, None
+        self.judge_load(self.loaded(Checkpoint(self.place.dest, read_only=True)))
+        self.fault = fault
+
+    @rule(how=st.sampled_from(["flip", "cut", "gone"]))
+    def rot(self, how: str) -> None:
+        for saved in self.oracle.history:
+            if saved.label is None or not saved.certain:
+                return
+            if not saved.damaged:
+                if saved.keys and saved.keys[0] in self.place.keys("data"):
+                    self.place.damage(saved.keys[0], how)
+                    saved.damaged = True
+                return
+
+    # -- what must hold ---------------------------------------------------------------------------------
+
+    def operate(self, process: Process, operation: Callable[[], object]) -> str:
+        """Runs it, and judges whether it may end as it does: done, unknown, failed, stale or crashed."""
+        if process.crashed:
+            return "crashed"
+        try:
+            operation()
+        except StaleAttemptError:
+            assert process.stale or self.oracle.may_be_stale(process.family), f"{process} is stale, and has the task"
+            self.oracle.was_refused(process.family)
+            process.stale = True
+            return "stale"
+        except CommitUnknownError:
+            self.oracle.may_have_taken_part(process.family)
+            return "unknown"
+        except UnavailableError:
+            self.oracle.may_have_taken_part(process.family)
+            return "failed"
+        except Crash:
+            process.crashed = True
+            self.crashing = False
+            self.oracle.may_have_taken_part(process.family)
+            return "unknown"
+        assert not process.stale, f"{process} was stale before"
+        assert self.oracle.may_succeed(process.family), f"{process} was outdone, and yet it goes on"
+        self.oracle.took_part(process.family)
+        return "done"
+
+    def judge_load(self, label: str | None) -> None:
+        allowed = self.oracle.loadable()
+        assert label in allowed, f"loaded {label}, not one of {allowed}"
+        self.oracle.was_loaded(label)
+
+    def expect_few_payloads(self, process: Process) -> None:
+        keep = process.family.keep
+        if keep is not None and not process.child:
+            assert len(self.place.keys("data")) <= keep + 1
+
+    @invariant()
+    def few_records(self) -> None:
+        if not self.faulted:
+            kept = self.families + self.count  # generous: no save adds more than one
+            assert len(self.place.keys("log")) <= self.entries <= kept + self.entries
+        for key in self.place.keys(""):
+            assert "/.partial-" not in key, key
+
+    # -- contents ---------------------------------------------------------------------------------------
+
+    def content(self, label: str, kind: str) -> bytes | Path:
+        data = label.encode().ljust(SIZES[kind], b".")
+        if kind in ("small", "large"):
+            return data
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir()
+        if kind == "file":
+            (self.scratch / "model.bin").write_bytes(data)
+            return self.scratch / "model.bin"
+        folder = self.scratch / "folder"
+        (folder / "sub").mkdir(parents=True)
+        (folder / "label").write_bytes(label.encode())
+        # What does not shrink, so that it becomes an object of its own.
+        (folder / "sub" / "weights").write_bytes(noise(label, SIZES[kind]))
+        return folder
+
+    def loaded(self, checkpoint: Checkpoint) -> str | None:
+        """The label of what is loaded, after a look at all of its bytes."""
+        target = self.scratch.with_name("restored")
+        shutil.rmtree(target, ignore_errors=True)
+        try:
+            found = checkpoint.load_sync(to=target)
+        except CorruptCheckpointError:
+            return CORRUPT
+        if found is None:
+            return None
+        if found.is_dir():
+            label = (found / "label").read_text()
+            assert (found / "sub" / "weights").read_bytes() == noise(label, SIZES["folder"])
+            return label
+        data = found.read_bytes()
+        label = data.rstrip(b".").decode()
+        assert len(data) == SIZES[label.partition("-")[0]]
+        assert (found.name == "model.bin") == label.startswith("file")
+        return label
+
+
+def noise(label: str, size_bytes: int) -> bytes:
+    import random
+
+    return random.Random(label).randbytes(size_bytes)

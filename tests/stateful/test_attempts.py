@@ -1,0 +1,38 @@
+"""Random walks of several attempts of one task, judged by an oracle of lists and sets.
+
+`TASKCKPT_STATEFUL=2000 pytest tests/stateful` walks that often, along other ways each time.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+from hypothesis.stateful import run_state_machine_as_test
+
+from taskckpt import _log, _payload, _retention
+from tests.stateful import machine
+
+WALKS = os.environ.get("TASKCKPT_STATEFUL")
+
+
+@pytest.mark.timeout(40 if WALKS is None else 40 + int(WALKS))
+@pytest.mark.filterwarnings("ignore:memory... lives in this process only")
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_attempts_faults_crashes_and_rot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(_retention, "GUARDED_SLOTS", machine.GUARDED)
+    monkeypatch.setattr(_log, "RECORD_BATCH", machine.BATCH)
+    monkeypatch.setattr(_payload, "INLINE_LIMIT_BYTES", machine.INLINE)
+    run_state_machine_as_test(
+        lambda: machine.Attempts(kind, tmp_path / "walk"),
+        settings=hypothesis.settings(
+            max_examples=int(WALKS or 60),
+            stateful_step_count=40,
+            derandomize=WALKS is None,
+            database=None,
+            deadline=None,
+            suppress_health_check=list(hypothesis.HealthCheck),
+        ),
+    )

@@ -1,0 +1,210 @@
+"""The public API as type checkers see it. Not run: checked, by ``test_api.py`` and by ``make check``.
+
+A line that must be an error carries a ``type: ignore`` with its code: if it were no error, mypy would say
+that the comment is not needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, assert_type
+
+import taskckpt
+from taskckpt import (
+    Checkpoint,
+    StaleAttemptError,
+    TaskckptError,
+    TaskckptWarning,
+    TaskContext,
+    checkpoint,
+    ctx,
+    engines,
+    errors,
+    latest_checkpoint,
+    task,
+)
+from taskckpt.testing import InterceptedStore, instant_retries, intercepted
+
+# --- Checkpoint --------------------------------------------------------------------------------
+
+cp = Checkpoint("s3://bucket/task")
+Checkpoint(Path("a"), Path("b"))
+Checkpoint("a", ["b", Path("c")])
+Checkpoint("a", None, keep=None, storage_options={"key": "k", "client_kwargs": {}}, timeout_s=1.5, read_only=True)
+Checkpoint("a", src=("b", "c"), keep=1, src_kind="folder")
+Checkpoint()  # type: ignore[call-arg]
+Checkpoint(b"a")  # type: ignore[arg-type]
+Checkpoint("a", 7)  # type: ignore[arg-type]
+Checkpoint("a", "b", 3)  # type: ignore[call-arg]
+Checkpoint("a", keep="3")  # type: ignore[arg-type]
+Checkpoint("a", src_kind="tar")  # type: ignore[arg-type]
+Checkpoint("a", overwrite=True)  # type: ignore[call-arg]
+
+assert_type(cp.load_sync(), Path | None)
+assert_type(cp.load_sync(to="folder", replace=True), Path | None)
+assert_type(cp.load_sync(to=Path("folder")), Path | None)
+assert_type(cp.load_bytes_sync(), bytes | None)
+assert_type(cp.save_sync(b"1"), None)
+assert_type(cp.clear_sync(), None)
+cp.save_sync(bytearray(b"1"))
+cp.save_sync(memoryview(b"1"))
+cp.save_sync("folder")
+cp.save_sync(Path("folder"))
+cp.save_sync(7)  # type: ignore[arg-type]
+cp.save_sync({"step": 1})  # type: ignore[arg-type]
+cp.save_sync()  # type: ignore[call-arg]
+cp.load_sync("folder")  # type: ignore[call-arg]
+cp.load_sync().read_bytes()  # type: ignore[union-attr]  # it may be None: that is the point
+
+assert_type(cp.path, Path | None)
+assert_type(cp.prev_exists(), bool)
+assert_type(cp.remote_source, str | None)
+assert_type(cp.remote_destination, str)
+cp.path = Path("x")  # type: ignore[misc]
+
+assert_type(Checkpoint.of(key="k"), Checkpoint)
+assert_type(Checkpoint.of(run="r", task="t", base=Path("b"), storage_options={}, timeout_s=3), Checkpoint)
+Checkpoint.of("k")  # type: ignore[call-arg]
+
+
+class Mine(Checkpoint):
+    """May be subclassed."""
+
+
+assert_type(Mine.of(key="k"), Mine)
+
+
+async def asynchronous() -> None:
+    assert_type(await cp.load(), Path | None)
+    assert_type(await cp.load(to="folder", replace=True), Path | None)
+    assert_type(await cp.load_bytes(), bytes | None)
+    await cp.save(b"1")
+    await cp.clear()
+    await cp.save(7)  # type: ignore[arg-type]
+
+
+# --- context -----------------------------------------------------------------------------------
+
+current = ctx()
+assert_type(current, TaskContext | None)
+current.run  # type: ignore[union-attr]  # noqa: B018
+assert current is not None
+assert_type(current.run, str)
+assert_type(current.task, str)
+assert_type(current.attempt, int | None)
+assert_type(current.base, str)
+assert_type(current.key, str | None)
+assert_type(current.checkpoint, Checkpoint)
+assert_type(current.checkpoint_paths.checkpoint_path, str)
+assert_type(current.checkpoint_paths.prev_checkpoint_path, str)
+assert_type(current.origins["run"], str)
+assert_type(current.environ(), dict[str, str])
+assert_type({**os.environ, **current.environ()}, dict[str, str])
+current.attempt = 3  # type: ignore[misc]
+
+assert_type(checkpoint(), Checkpoint)
+assert_type(checkpoint("nightly"), Checkpoint)
+assert_type(checkpoint(key="nightly"), Checkpoint)
+checkpoint(7)  # type: ignore[arg-type]
+
+# --- task --------------------------------------------------------------------------------------
+
+
+@task
+def bare(x: int, *, y: str = "") -> float:
+    return x + len(y)
+
+
+@task()
+def called(x: int) -> float:
+    return x
+
+
+@task(
+    retries=5,
+    on=(OSError, ValueError),
+    key="nightly",
+    run="r",
+    base=Path("b"),
+    keep=None,
+    storage_options={"anon": True},
+    timeout_s=10,
+    wait_initial_s=0.1,
+    wait_max_s=1,
+    clear_on_success=False,
+)
+def with_options(x: int) -> list[int]:
+    return [x]
+
+
+@task(key=lambda x: f"nightly-{x}", on=lambda error: "again" in str(error))
+async def coroutine(x: int) -> str:
+    return str(x)
+
+
+assert_type(bare(1, y="a"), float)
+assert_type(called(1), float)
+assert_type(with_options(x=1), list[int])
+pending: Coroutine[Any, Any, str] = coroutine(1)
+bare("1")  # type: ignore[arg-type]
+bare(1, z=2)  # type: ignore[call-arg]
+with_options()  # type: ignore[call-arg]
+pending = coroutine("1")  # type: ignore[arg-type]
+task(retries="3")  # type: ignore[call-overload]
+task(retry=3)  # type: ignore[call-overload]
+task(on=KeyboardInterrupt)  # type: ignore[arg-type]
+task(7)  # type: ignore[call-overload]
+
+plain: Callable[[int], float] = called
+
+
+async def awaited() -> None:
+    assert_type(await coroutine(1), str)
+
+
+class Trainer:
+    """Methods keep their types as well."""
+
+    @task(key=lambda self, steps: f"train-{steps}")
+    def train(self, steps: int) -> str:
+        return str(steps)
+
+
+assert_type(Trainer().train(3), str)
+
+# --- the rest ----------------------------------------------------------------------------------
+
+assert_type(latest_checkpoint(None), Path | None)
+assert_type(latest_checkpoint("root", "**/*.ckpt", key=lambda path: path.stat().st_size), Path | None)
+assert_type(latest_checkpoint(cp.load_sync(), glob="*.ckpt"), Path | None)
+latest_checkpoint(7)  # type: ignore[arg-type]
+
+try:
+    cp.save_sync(b"1")
+except StaleAttemptError as error:
+    assert_type(error.code, str)
+    assert_type(error.uri, str | None)
+    assert_type(error.hint, str | None)
+except errors.NotFoundError as error:
+    as_builtin: FileNotFoundError = error
+except TaskckptError as error:
+    assert_type(error.message, str)
+
+issubclass(TaskckptWarning, UserWarning)
+
+
+def resolver() -> engines.EngineTask | None:
+    return engines.EngineTask("mine", run="r", task="t", attempt=0, base=None)
+
+
+engines.register("mine", resolver)
+engines.register("mine", lambda: 7)  # type: ignore[arg-type, return-value]
+assert_type(engines.detect(), engines.EngineTask | None)
+
+with instant_retries(), intercepted(lambda when, verb, keys: None):
+    pass
+intercepted(lambda when: None)  # type: ignore[arg-type, misc]
+assert_type(InterceptedStore, type[InterceptedStore])
+assert_type(taskckpt.__version__, str)
