@@ -13,7 +13,7 @@ from taskckpt._history import Damaged, LogMoved, LogReader, View
 from taskckpt._operation import Stop
 from taskckpt._records import Claim, Clear, Commit
 from taskckpt._store import Location, Store, parse
-from taskckpt.errors import CorruptCheckpointError, NotFoundError, UnavailableError
+from taskckpt.errors import CorruptCheckpointError, NotFoundError, TaskckptError, UnavailableError
 
 logger = logging.getLogger("taskckpt")
 
@@ -76,11 +76,12 @@ class Chain:
         """
         search = _Search()
         for origin in self._origins(own, search):
-            found: tuple[Loadable, T] | None = None
-            if origin is own or not _is_local_file(origin):
-                found = self._from_log(origin, view if origin is own else None, use, search)
-            if found is None and origin is not own:
-                found = self._from_foreign(origin, use, search)
+            try:
+                found = self._from(origin, own, view, use, search)
+            except TaskckptError as error:
+                if origin is not own and origin.location not in self._sources:
+                    error.add_note("An earlier attempt named this place as its src; clear() forgets it.")
+                raise
             if found is not None:
                 for problem in search.problems:
                     logger.warning("Passed over a damaged checkpoint and took the one before: %s", problem)
@@ -90,6 +91,16 @@ class Chain:
         if search.problems:
             raise _nothing_intact(own, search.problems)
         return None
+
+    def _from(
+        self, origin: Origin, own: Origin, view: View | None, use: Callable[[Origin, Loadable], T], search: _Search
+    ) -> tuple[Loadable, T] | None:
+        if origin is own:
+            return self._from_log(origin, view, use, search)
+        found: tuple[Loadable, T] | None = None
+        if not _is_local_file(origin):
+            found = self._from_log(origin, None, use, search)
+        return self._from_foreign(origin, use, search) if found is None else found
 
     def has_something(self, own: Origin) -> bool:
         """Whether ``newest_good`` would find something, or something damaged."""

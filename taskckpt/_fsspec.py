@@ -9,7 +9,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from taskckpt._operation import Stop, ordered_map, with_retries
@@ -65,7 +65,7 @@ def require_known(location: Location) -> None:
 
     known = fsspec.available_protocols()
     if location.protocol not in known:
-        near = difflib.get_close_matches(location.protocol, known, n=3)
+        near = difflib.get_close_matches(location.protocol, known, n=3, cutoff=0.5)
         raise UsageError(
             f"Unknown protocol {location.protocol!r}.",
             uri=location.uri,
@@ -297,7 +297,7 @@ RANGE_NOT_SATISFIABLE = 416
 
 
 @contextlib.contextmanager
-def _translating(uri: str) -> Iterator[None]:
+def _translating(uri: str) -> Generator[None]:
     try:
         yield
     except TaskckptError:
@@ -322,6 +322,12 @@ def translated(error: BaseException, uri: str) -> TaskckptError:
         return AlreadyExistsError("The object exists already.", uri=uri)
     if names & _USAGE_TYPES or code == "InvalidBucketName":
         return UsageError(f"The store refuses the request: {text}", uri=uri, hint="Check the URL and storage_options.")
+    if isinstance(error, (TypeError, ValueError, NotImplementedError)) and not isinstance(error, OSError):
+        return UsageError(
+            f"The store's client does not take this: {type(error).__name__}: {text}",
+            uri=uri,
+            hint="Check the URL, the endpoint and storage_options.",
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return StorageFullError(f"The store is full: {text}", uri=uri, hint="Make room, or choose another place.")
     if status is not None and status < 500 and status not in _PASSING_STATUS:

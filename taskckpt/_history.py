@@ -62,15 +62,19 @@ class Survey:
     """What a writer needs to know of the log before it adds to it.
 
     Attributes:
-        owner: The claim that the newest readable record belongs to.
+        newest: The newest record that can be read, if any; the task belongs to its claim.
         head: The newest commit or clear, if any can be read.
         unreadable: Slots above ``head`` whose records could not be read, newest first.
     """
 
     view: View
-    owner: ClaimId | None = None
+    newest: Record | None = None
     head: Commit | Clear | None = None
     unreadable: tuple[int, ...] = ()
+
+    @property
+    def owner(self) -> ClaimId | None:
+        return None if self.newest is None else self.newest.stamp.claim
 
 
 class LogReader:
@@ -189,17 +193,16 @@ class LogReader:
 
     def survey(self, view: View, *, confirm: bool = False) -> Survey:
         """The log as a writer sees it. Raises LogMoved if records went away meanwhile."""
-        owner: ClaimId | None = None
+        newest: Record | None = None
         unreadable: list[int] = []
         for found in self.walk(view, confirm=confirm):
             if isinstance(found, Damaged):
                 unreadable.append(found.slot)
                 continue
-            if owner is None:
-                owner = found.stamp.claim
+            newest = newest or found
             if isinstance(found, (Commit, Clear)):
-                return Survey(view, owner, found, tuple(unreadable))
-        return Survey(view, owner, None, tuple(unreadable))
+                return Survey(view, newest, found, tuple(unreadable))
+        return Survey(view, newest, None, tuple(unreadable))
 
     def sources(self, view: View, *, at_most: int) -> tuple[str, ...]:
         """Where the newest claim that says so comes from; looks at no more than ``at_most`` records."""

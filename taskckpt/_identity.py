@@ -42,7 +42,8 @@ def _module_of(function: Callable[..., Any]) -> str:
     if path is None or path.startswith("<"):  # <stdin>
         raise UsageError(
             f"{function.__qualname__} is defined in a notebook or at a prompt, which has no stable name.",
-            hint="Name the task: @task(key='my-task').",
+            hint="Name the task: @task(key='my-task'); or, where arguments tell calls apart, "
+            "@task(key=lambda day: f'my-task {day}').",
         )
     return os.path.realpath(path)
 

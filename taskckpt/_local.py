@@ -195,11 +195,12 @@ class LocalStore:
 
     def write(self, key: str, chunks: Iterable[bytes | memoryview], size_hint: int, stop: Stop) -> None:  # noqa: ARG002
         path = self._path(key)
+        folder = os.path.dirname(path)
+        partial = f"{folder}/{PARTIAL}{os.path.basename(path)}"
         with translating(path):
-            folder = self._make_folder(os.path.dirname(path))
-            partial = f"{folder}/{PARTIAL}{os.path.basename(path)}"
+            descriptor = self._open_in_folder(partial)
             try:
-                _write_file(partial, _checked(chunks, stop))
+                _fill(descriptor, _checked(chunks, stop))
                 stop.check()
                 os.rename(partial, path)
             except BaseException:
@@ -207,6 +208,14 @@ class LocalStore:
                     os.unlink(partial)
                 raise
             _sync_folder(folder)
+
+    def _open_in_folder(self, path: str) -> int:
+        """A new file; made again if another process just dropped its folder, which was empty still."""
+        for _ in range(MAX_LISTINGS):
+            self._make_folder(os.path.dirname(path))
+            with contextlib.suppress(FileNotFoundError):
+                return _open_new(path)
+        return _open_new(path)
 
     def _make_folder(self, folder: str) -> str:
         if folder not in self._known_folders or not os.path.isdir(folder):
@@ -263,7 +272,15 @@ def _checked(chunks: Iterable[bytes | memoryview], stop: Stop) -> Iterator[bytes
 
 def _write_file(path: str, chunks: Iterable[bytes | memoryview]) -> None:
     """Writes a new file and makes it durable."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    _fill(_open_new(path), chunks)
+
+
+def _open_new(path: str) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def _fill(descriptor: int, chunks: Iterable[bytes | memoryview]) -> None:
+    """Writes and closes a file, and makes it durable."""
     try:
         for chunk in chunks:
             rest = memoryview(chunk)

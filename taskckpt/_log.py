@@ -90,6 +90,7 @@ class TaskLog:
         self._first = self._last = 0
         self._names_have_nonces = False
         self._fenced_by: str | None = None
+        self._fenced_hint = ""
         self._survey: Survey | None = None
         self._retention: Retention | None = None
         self._resumed: Kept | None = None
@@ -169,6 +170,9 @@ class TaskLog:
             holder = self._create(claim, stop)
         except DeniedError as error:
             raise _ClaimDenied(error) from error
+        except StorageFullError as error:
+            error.add_note("To load all the same, without taking the task over: Checkpoint(..., read_only=True).")
+            raise
         if holder is not None and holder.stamp.nonce != claim.stamp.nonce:
             return None
         if not self._store.exclusive:
@@ -237,7 +241,7 @@ class TaskLog:
             self.reader.expect_top(survey.view)
         except LogMoved as moved:
             return moved
-        return self._fence(survey.owner)
+        return self._fence(survey.newest)
 
     # --- adding records ------------------------------------------------------------------------
 
@@ -310,7 +314,7 @@ class TaskLog:
                 self._last = max(self._last, record.stamp.slot)
                 return record
             if holder.stamp.claim.nonce != self._nonce:
-                raise self._fence(holder.stamp.claim, holder)
+                raise self._fence(holder)
             if holder.stamp.writer == self._writer:
                 # An earlier save of ours whose outcome we never heard, or one from a signal handler just now.
                 self._last = max(self._last, holder.stamp.slot)
@@ -484,15 +488,22 @@ class TaskLog:
         now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
         return Stamp(slot, claim, self._writer, nonce, now, self._about)
 
-    def _fence(self, owner: ClaimId | None, record: Record | None = None) -> StaleAttemptError:
+    def _fence(self, record: Record | None) -> StaleAttemptError:
+        about = {} if record is None else record.stamp.about
+        if record is not None and all(about.get(word) == self._about.get(word) for word in ("host", "pid")):
+            self._fenced_by = "Another Checkpoint object of this very process took the task over; this one is stale."
+            self._fenced_hint = (
+                "Make one Checkpoint and share it; to look at a task without taking it over: read_only=True."
+            )
+            return self._stale()
         who = "" if record is None else f" ({_who(record)})"
-        slot = "" if owner is None else f" with the claim in slot {owner.slot}"
-        self._fenced_by = f"A newer attempt took this task over{slot}{who}; this one can save no more."
+        self._fenced_by = f"A newer attempt took this task over{who}; this one can save no more."
+        self._fenced_hint = "Let this process end; do not retry it."
         return self._stale()
 
     def _stale(self) -> StaleAttemptError:
         assert self._fenced_by is not None
-        return StaleAttemptError(self._fenced_by, uri=self._store.uri, hint="Let this process end; do not retry it.")
+        return StaleAttemptError(self._fenced_by, uri=self._store.uri, hint=self._fenced_hint)
 
     def _refuse_if_fenced(self) -> None:
         if self._fenced_by is not None:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("taskckpt")
 
 TRIES = 5
-FIRST_WAIT_S = 0.1
+# 0.4, 0.8, 1.6 and 3.2 s, more or less: long enough for a server that is restarted.
+FIRST_WAIT_S = 0.4
 LONGEST_WAIT_S = 10.0
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from taskckpt._fsspec import FileSystem, FsspecStore, new_filesystem
 from taskckpt._layout import DATA
 from taskckpt._operation import Stop, ordered_map
 from taskckpt._store import Listing
-from taskckpt.errors import NotFoundError, TaskckptError, UnavailableError
+from taskckpt.errors import NotFoundError, TaskckptError, UnavailableError, UsageError
 
 logger = logging.getLogger("taskckpt")
 
@@ -46,7 +46,10 @@ class S3Store(FsspecStore):
         # max_concurrency=1: or each read of a whole object would begin with a HEAD.
         fs = new_filesystem(self._location, {"max_concurrency": 1, "config_kwargs": config, **options})
         fs.retries = 1
-        fs.connect()
+        try:
+            fs.connect()
+        except (AttributeError, TypeError, ValueError) as error:  # what botocore says of an argument
+            raise UsageError(f"storage_options do not fit s3://: {error}.", uri=self.uri) from error
         # Without "Expect: 100-continue": a round trip less, and aiohttp waits for that word without any time-out.
         fs.s3.meta.events.register("before-call.s3", _expect_nothing)
         return fs

@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from taskckpt._operation import Stop
 from taskckpt._testing import switches
-from taskckpt.errors import UsageError, UsageTypeError
+from taskckpt.errors import NotFoundError, UsageError, UsageTypeError
 
 LOCAL_PROTOCOLS = ("file", "local")
 S3_PROTOCOLS = ("s3", "s3a")
@@ -113,6 +113,8 @@ class Location:
         return Location(self.protocol, os.path.join(self.path, name) if self.is_local else f"{self.path}/{name}")
 
 
+# "s3//bucket", "s3:bucket": slips of the pen in the URL of a store that is not this disk.
+_NEAR_URL = re.compile(r"(s3a?|gs|gcs|az|abfss?|adl|hdfs|memory|https?|s?ftp|file)(?::|//)")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(?=/)")
 
 
@@ -136,9 +138,27 @@ def parse(target: str | os.PathLike[str], *, what: str = "dest") -> Location:
     if "\0" in text or ("::" in text and "://" in text):
         raise UsageError(f"{what} {text!r} is no plain URL.", hint="Chained URLs (a::b) and NUL are not taken.")
     scheme = _SCHEME.match(text) if isinstance(target, str) else None
-    if scheme is None:
+    if scheme is not None:
+        return _parse_url(text, scheme[1].lower(), what)
+    if isinstance(target, str):
+        _refuse_near_urls(text, what)
+    try:
         return Location("file", os.path.abspath(os.path.expanduser(text)))
-    return _parse_url(text, scheme[1].lower(), what)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{what} is relative, and the current folder is gone.", uri=text) from error
+
+
+def _refuse_near_urls(text: str, what: str) -> None:
+    """What was meant as a URL must not become a folder on this disk."""
+    near = _NEAR_URL.match(text)
+    if near is not None:
+        raise UsageError(
+            f"{what} {text!r} is no URL.", hint=f"Did you mean {near[1]}://{text[near.end() :].lstrip('/')}?"
+        )
+    if text.startswith(("$", "%")):
+        raise UsageError(
+            f"{what} {text!r}: variables are not expanded.", hint="Use os.path.expandvars, or write ./ before it."
+        )
 
 
 def is_unset(source: object) -> bool:

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -88,13 +89,15 @@ def _remove_at_exit(root: str, pid: int) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """Removes a tree, read-only folders in it too; what cannot be removed stays."""
+    """Removes a tree, read-only folders in it too; what cannot be removed stays. Nothing outside is touched."""
 
     def retry(function: Callable[[str], object], failed: str, _: object) -> None:
+        folder = failed if os.path.isdir(failed) and not os.path.islink(failed) else os.path.dirname(failed)
+        for locked in (os.path.dirname(failed), folder):
+            if locked == path or locked.startswith(f"{path}/"):
+                with contextlib.suppress(OSError):
+                    os.chmod(locked, stat.S_IRWXU)
         with contextlib.suppress(OSError):
-            os.chmod(os.path.dirname(failed), stat.S_IRWXU)
-            if os.path.isdir(failed) and not os.path.islink(failed):
-                os.chmod(failed, stat.S_IRWXU)
             function(failed)
 
     shutil.rmtree(path, onerror=retry)
@@ -120,7 +123,7 @@ def restore_into(folder: str, fill: Fill, *, replace: bool) -> None:
 
     Raises:
         AlreadyExistsError: It is not empty, and ``replace`` is not set.
-        UsageError: It is a file.
+        UsageError: It is a file, or what is in it must not be replaced.
     """
     with translating(folder):
         target = os.path.realpath(folder)
@@ -153,17 +156,52 @@ def _expect_free(target: str, *, replace: bool, but: str = "") -> None:
         return
     if not os.path.isdir(target):
         raise UsageError("load(to=...) takes a folder, and this is a file.", uri=target)
-    if not replace and set(os.listdir(target)) - {but}:
+    if not set(os.listdir(target)) - {but}:
+        return
+    if not replace:
         raise AlreadyExistsError(
             "The folder is not empty.", uri=target, hint="Choose another one, or pass replace=True."
         )
+    _expect_replaceable(target)
+
+
+def _expect_replaceable(target: str) -> None:
+    """Replacing deletes, so a slip of the pen must not cost a home, a working folder or another disk."""
+    for what, path in (("the current folder", os.getcwd()), ("the home folder", os.path.expanduser("~"))):
+        if contains(target, os.path.realpath(path)):
+            raise UsageError(f"{what.capitalize()} would be replaced.", uri=target, hint="Name a subfolder.")
+    inside = [mount for mount in _mount_points() if mount != target and contains(target, mount)]
+    if inside:
+        raise UsageError(
+            f"The folder has a mount point in it, {inside[0]}, which cannot be replaced.",
+            uri=target,
+            hint="Name a folder without one.",
+        )
+
+
+def contains(folder: str, path: str) -> bool:
+    """Whether ``path`` is ``folder`` or lies below it; both are real paths."""
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+def _mount_points() -> list[str]:
+    """Where file systems are mounted: told by Linux; elsewhere a rename over a mount point fails by itself."""
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            return [_unescaped(line.split(" ")[4]) for line in file]
+    except FileNotFoundError:
+        return []
+
+
+def _unescaped(name: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), name)
 
 
 def _staging_beside(target: str) -> str:
-    """An empty folder on the same disk: beside the target, or inside it where that is a mount point."""
+    """An empty folder on the same disk: beside the target, or inside it where that cannot be renamed."""
     name = f".{PREFIX}{secrets.token_hex(6)}"
     beside = os.path.join(os.path.dirname(target), name)
-    if not os.path.ismount(target):
+    if not os.path.ismount(target) and target not in (os.path.realpath(os.getcwd()), *_mount_points()):
         try:
             os.mkdir(beside, 0o700)
         except PermissionError:
@@ -191,15 +229,26 @@ def _swap(staging: str, target: str) -> None:
 
 
 def _move_inside(staging: str, target: str) -> None:
-    """The target is a mount point and cannot be renamed, so its entries are exchanged one by one."""
+    """The target cannot be renamed, so its entries are exchanged one by one, and all back if one fails."""
     info = os.stat(staging)
     old = f"{staging}-old"
     os.mkdir(old, 0o700)
-    for name in os.listdir(target):
-        if os.path.join(target, name) not in (staging, old):
-            os.rename(os.path.join(target, name), os.path.join(old, name))
-    for name in os.listdir(staging):
-        _rename_even_if_read_only(os.path.join(staging, name), os.path.join(target, name))
+    moved: list[tuple[str, str]] = []
+
+    def move(name: str, source: str, to: str) -> None:
+        _rename_even_if_read_only(os.path.join(source, name), os.path.join(to, name))
+        moved.append((os.path.join(source, name), os.path.join(to, name)))
+
+    try:
+        for name in set(os.listdir(target)) - {os.path.basename(staging), os.path.basename(old)}:
+            move(name, target, old)
+        for name in os.listdir(staging):
+            move(name, staging, target)
+    except BaseException:
+        for source, to in reversed(moved):
+            _rename_even_if_read_only(to, source)
+        os.rmdir(old)
+        raise
     os.rmdir(staging)
     remove_tree(old)
     os.chmod(target, stat.S_IMODE(info.st_mode))

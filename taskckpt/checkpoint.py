@@ -85,7 +85,7 @@ class Checkpoint:
             parse(dest),
             tuple(parse(one, what="src") for one in _as_sources(src) if not is_unset(one)),
             keep=_checked_keep(keep),
-            storage_options=dict(storage_options or {}),
+            storage_options=_checked_options(storage_options),
             timeout_s=_checked_timeout(timeout_s),
             read_only=read_only,
             src_kind=_checked_kind(src_kind),
@@ -271,12 +271,16 @@ class Checkpoint:
 
     def _load(self, stop: Stop, *, to: Target | None = None, replace: bool = False) -> Path | None:
         began = time.monotonic()
+        if to is not None:
+            self._expect_harmless(to)
+        elif replace:
+            raise UsageError("replace=True belongs to load(to=...).")
 
         def restore(origin: Origin, found: Loadable) -> tuple[str, str]:
             if to is None:
                 return _workspace.restore_fresh(partial(_fill, origin.store, found, stop, PAYLOAD)), PAYLOAD
             name = _payload.restored_name(found)
-            folder = os.path.abspath(os.fspath(to))
+            folder = self._expect_harmless(to)
             _workspace.restore_into(folder, partial(_fill, origin.store, found, stop, name), replace=replace)
             return folder, name
 
@@ -371,7 +375,12 @@ class Checkpoint:
         began = time.monotonic()
         nonce = new_nonce()
         source = _payload.source_of(data)
-        content, stored = _payload.upload(store, source, partial(log.next_payload_key, nonce), stop)
+        try:
+            content, stored = _payload.upload(store, source, partial(log.next_payload_key, nonce), stop)
+        except NotFoundError:
+            # A newer attempt removes what older ones have half uploaded: if that is why, say so.
+            log.view(stop)
+            raise
         uploaded = time.monotonic()
         commit = log.commit(nonce, content, stored, stop)
         logger.info(
@@ -422,14 +431,32 @@ class Checkpoint:
 
     def _expect_outside(self, data: object) -> None:
         """A folder that holds its own checkpoints would be saved with all of them, for ever growing."""
-        if self._dest.is_local and isinstance(data, (str, os.PathLike)) and os.path.isdir(data):
-            folder, place = os.path.realpath(data), os.path.realpath(self._dest.path)
-            if os.path.commonpath((os.fspath(folder), place)) == os.fspath(folder):
+        if not self._dest.is_local or not isinstance(data, (str, os.PathLike)) or not os.path.isdir(data):
+            return
+        if _workspace.contains(os.path.realpath(os.fsdecode(data)), os.path.realpath(self._dest.path)):
+            raise UsageError(
+                "The folder to be saved contains the place that it is saved to.",
+                uri=self.remote_destination,
+                hint="Save a subfolder, or set TASKCKPT_BASE to a place outside.",
+            )
+
+    def _expect_harmless(self, to: Target) -> str:
+        """Restoring must touch no checkpoint: neither replace the store nor write into it."""
+        folder = parse(to, what="to")
+        if not folder.is_local:
+            raise UsageError("load(to=...) restores into a local folder.", uri=folder.uri)
+        real = os.path.realpath(folder.path)
+        for place in self._local_places():
+            if _workspace.contains(real, place) or _workspace.contains(place, real):
                 raise UsageError(
-                    "The folder to be saved contains the place that it is saved to.",
-                    uri=self.remote_destination,
-                    hint="Save a subfolder, or set TASKCKPT_BASE to a place outside.",
+                    "This folder is, contains or lies in a place where checkpoints are.",
+                    uri=folder.path,
+                    hint=f"Restore elsewhere than {place}.",
                 )
+        return folder.path
+
+    def _local_places(self) -> list[str]:
+        return [os.path.realpath(place.path) for place in (self._dest, *self._sources) if place.is_local]
 
     def _open(self) -> Store:
         self._notice_fork()
@@ -517,6 +544,12 @@ def _as_sources(src: Target | Sequence[Target] | None) -> Sequence[Target]:
     if isinstance(src, Sequence) and not isinstance(src, (bytes, bytearray, memoryview)):
         return src
     raise UsageTypeError(f"src must be a str, a Path or a sequence of them, not {type(src).__name__}.")
+
+
+def _checked_options(storage_options: Mapping[str, Any] | None) -> dict[str, Any]:
+    if storage_options is not None and not isinstance(storage_options, Mapping):
+        raise UsageTypeError(f"storage_options must be a dict, not {type(storage_options).__name__}.")
+    return dict(storage_options or {})
 
 
 def _checked_keep(keep: int | None) -> int | None:

@@ -251,6 +251,11 @@ def origin_of_base(base: Target | None = None) -> str:
 def _keyed(key: str) -> TaskContext:
     if not isinstance(key, str) or not key.strip():
         raise UsageError(f"key={key!r} must be a str that is not blank.")
+    if "://" in key:
+        raise UsageError(
+            f"key={key!r} is a URL, and a key is a name.",
+            hint="Use Checkpoint(url); or set TASKCKPT_BASE to the URL and name the task.",
+        )
     current = ctx()
     if current is None:
         return _once(TaskContext(default_run(), key, None, default_base(), key=key, origins=_origins({"task": "key="})))

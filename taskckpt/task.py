@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar, overload
 
 from taskckpt import context
@@ -81,7 +81,14 @@ def task(function: Callable[..., Any] | None = None, /, **options: Any) -> Any: 
     """
     if function is not None and not callable(function):
         raise UsageTypeError("task decorates a function; its options have names: @task(retries=3).")
-    spec = _Spec(**options)
+    try:
+        spec = _Spec(**options)
+    except TypeError as error:
+        if isinstance(error, TaskckptError):
+            raise
+        unknown = ", ".join(sorted(set(options) - {option.name for option in fields(_Spec)}))
+        known = ", ".join(option.name for option in fields(_Spec))
+        raise UsageTypeError(f"@task has no option {unknown}.", hint=f"There are: {known}.") from error
     return spec.decorate if function is None else spec.decorate(function)
 
 
@@ -103,11 +110,13 @@ class _Spec:
         if not isinstance(self.retries, int) or isinstance(self.retries, bool) or self.retries < 0:
             raise UsageError(f"retries={self.retries!r} must be a whole number from 0 on.")
         if not _tells_what_to_retry(self.on):
-            raise UsageTypeError("on= takes an exception class, a tuple of them, or a function that tells.")
+            raise UsageTypeError("on= takes an exception class, a tuple of them (no list), or a function that tells.")
         if min(self.wait_initial_s, self.wait_max_s) < 0:
             raise UsageError("Waiting times must not be negative.")
 
     def decorate(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        if isinstance(function, (staticmethod, classmethod)):
+            raise UsageTypeError("@task goes below @staticmethod and @classmethod, next to the function.")
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise UsageTypeError("A generator cannot be a task: it would be retried item by item.")
         if inspect.iscoroutinefunction(function):

@@ -55,25 +55,32 @@ def caught(function, *args):
 """
 
 
+def environment() -> dict[str, str]:
+    """Ours, without a switch that would make every child compile the package again."""
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return own | {"PYTHONPATH": str(ROOT)}
+
+
 class Script:
     def __init__(self, path: Path):
         self.path = path
-        self.command = [sys.executable, "-W", "error", str(path)]
+        # From Python 3.12 on every fork of a process with threads says so; ours are forked on purpose.
+        self.command = [sys.executable, "-W", "error", "-W", "ignore:This process", str(path)]
 
     def start(self, *args: str, env: dict[str, str] | None = None, command: list[str] | None = None):
         return subprocess.Popen(
             [*(command or self.command), *args],
             cwd=self.path.parent,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+            env={**environment(), **(env or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def __call__(self, *args: str, status: int = 0, **options) -> list[dict[str, Any]]:
+    def __call__(self, *args: str, status: int = 0, wait_s: float = WAIT_S, **options) -> list[dict[str, Any]]:
         process = self.start(*args, **options)
         try:
-            output, errors = process.communicate(timeout=WAIT_S)
+            output, errors = process.communicate(timeout=wait_s)
         except subprocess.TimeoutExpired:
             process.kill()
             output, errors = process.communicate()
@@ -124,7 +131,7 @@ CHILD = """
                     os._exit(99)
             assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         elif how == "subprocess":
-            subprocess.run([sys.executable, "-W", "error", __file__, "child"], check=True)
+            subprocess.run([sys.executable, *sys.orig_argv[1:5], __file__, "child"], check=True)
         elif how == "shell":
             subprocess.run(f"cd / && cd - >/dev/null && '{sys.executable}' '{__file__}' child", shell=True, check=True)
         elif how.startswith("pool-"):
@@ -753,22 +760,22 @@ def check_streaming(told, size: int, *, disk_copies: tuple[int, int], capsys) ->
 
 
 @needs_proc
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)  # other tests may keep the disk busy
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_memory_and_disk_stay_small_on_a_local_disk(script, kind, capsys):
     """The stored object and what is restored are one copy each; nothing is kept beside them."""
     run = script(STREAM)
-    told = run("512", kind, "place", "{}")
+    told = run("512", kind, "place", "{}", wait_s=100)
     check_streaming(told, 512 * MIB, disk_copies=(1, 1), capsys=capsys)
 
 
 @needs_proc
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)  # other tests may keep the disk busy
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_memory_and_disk_stay_small_on_s3(script, kind, seaweedfs, new_bucket, capsys):
     """The only copy on this side is what is restored."""
     run = script(STREAM)
-    told = run("256", kind, f"s3://{new_bucket(seaweedfs)}/place", json.dumps(seaweedfs.storage_options))
+    told = run("256", kind, f"s3://{new_bucket(seaweedfs)}/place", json.dumps(seaweedfs.storage_options), wait_s=100)
     check_streaming(told, 256 * MIB, disk_copies=(0, 1), capsys=capsys)
 
 
@@ -776,23 +783,20 @@ def test_memory_and_disk_stay_small_on_s3(script, kind, seaweedfs, new_bucket, c
 
 
 def test_import_takes_no_time(tmp_path, capsys):
-    """The target is 30 ms on a machine that does nothing else; the limit leaves room for a busy one."""
+    """The target is 30 ms on a machine of today; the limit leaves room for slow and busy ones."""
 
     def cpu_ms(code: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        began = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
-        )
-        elapsed = time.perf_counter() - began
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment())
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        return min(elapsed, used) * 1000
+        return (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) * 1000
+
+    def median_ms(code: str) -> float:
+        return statistics.median(cpu_ms(code) for _ in range(5))
 
     cpu_ms("import taskckpt")  # compiles
-    own = statistics.median(cpu_ms("import taskckpt") for _ in range(5)) - statistics.median(
-        cpu_ms("pass") for _ in range(5)
-    )
+    bare = median_ms("pass")
+    own, library = median_ms("import taskckpt") - bare, median_ms("import dataclasses, logging, pathlib, json") - bare
     with capsys.disabled():
-        print(f"\n  import taskckpt: {own:.1f} ms", end="")
+        print(f"\n  import taskckpt: {own:.1f} ms, {library:.1f} of them in the standard library", end="")
     assert own < 150

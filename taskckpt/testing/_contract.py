@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias
@@ -278,22 +278,13 @@ class StoreContract:
     def test_nothing_is_left_of_a_write_that_is_stopped(self, open_at: OpenAt) -> None:
         """In the middle of the stream, or at its very end."""
         store, part = open_at(""), self.part_bytes
-        for number, after in enumerate((0, part // 2, part, 2 * part + 1)):
-            stop = Stop()
+        for after, more in itertools.product((0, part // 2, part, 2 * part + 1), (True, False)):
+            stop, key = Stop(), f"data/a/{after}-{more}"
 
-            def source(stop: Stop = stop, after: int = after) -> Iterator[bytes]:
-                yield from _chunks(_pattern(after), part)
-                stop.set()
-                yield b"no more"
+            def write(stop: Stop = stop, key: str = key, after: int = after, more: bool = more) -> None:
+                store.write(key, _stopping(stop, after, part, more=more), after, stop)
 
-            def ends(stop: Stop = stop, after: int = after) -> Iterator[bytes]:
-                yield from _chunks(_pattern(after), part)
-                stop.set()
-
-            for name, chunks in (("middle", source()), ("end", ends())):
-                key = f"data/a/{number}-{name}"
-                _raises(Stopped, lambda key=key, chunks=chunks, stop=stop: store.write(key, chunks, after, stop))  # type: ignore[misc]  # noqa: B023
-                stop.__init__()  # type: ignore[misc]
+            _raises(Stopped, write)
         assert not store.list_below("").sizes
         assert not self.leftovers(store)
 
@@ -399,6 +390,13 @@ def _broken(size: int, error: type[BaseException]) -> Iterator[bytes]:
     raise error("the source broke")
 
 
+def _stopping(stop: Stop, size: int, chunk: int, *, more: bool) -> Iterator[bytes | memoryview]:
+    yield from _chunks(_pattern(size), chunk)
+    stop.set()
+    if more:
+        yield b"never written"
+
+
 def _create(store: Store, key: str, data: bytes) -> None:
     store.create(key, data, Stop())
 
@@ -438,7 +436,7 @@ def _killed_while_writing(store: Store, key: str, part_bytes: int) -> None:
 
 
 @contextmanager
-def _children(work: Callable[..., object], arguments: Sequence[object] | range) -> Iterator[list[int | None]]:
+def _children(work: Callable[..., object], arguments: Sequence[object] | range) -> Generator[list[int | None]]:
     """Forked processes, each with an argument of its own; their exit codes once the block has ended."""
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=work, args=(argument,)) for argument in arguments]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import bz2
+import gc
 import gzip
 import io
 import itertools
@@ -17,9 +18,11 @@ import stat
 import subprocess
 import tarfile
 import threading
+import time
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -136,7 +139,7 @@ def test_all_that_is_like_bytes_is_taken(place, way):
     numbers = array("i", range(50))
     for data in (bytearray(b"abc"), memoryview(b"abc"), memoryview(b"-a-b-c")[1::2], memoryview(numbers)):
         way.save(checkpoint, data)
-        assert way.load_bytes(checkpoint) == data.tobytes() if isinstance(data, memoryview) else bytes(data)
+        assert way.load_bytes(checkpoint) == (data.tobytes() if isinstance(data, memoryview) else bytes(data))
 
 
 def test_what_cannot_be_saved_is_refused_and_leaves_nothing(place, way, tmp_path):
@@ -380,7 +383,7 @@ def test_what_was_resumed_from_stays_until_two_newer_ones_exist(place, way):
     for number in range(3):
         way.save(attempt, BIG + b"%d" % number)
         kept.append({place.get(f"task/{key}")[len(BIG) :] for key in payloads(place)})
-    assert kept == [{b"good", b"0"}, {b"1"}, {b"2"}] or kept == [{b"good", b"0"}, {b"good", b"1"}, {b"2"}]
+    assert kept == [{b"good", b"0"}, {b"1"}, {b"2"}]
 
 
 def test_clear_starts_over(place, way):
@@ -446,7 +449,7 @@ def test_a_source_that_is_none(nothing, tmp_path):
 def test_sources_of_other_types_are_refused(tmp_path):
     for src in (7, b"bytes", {"a"}, [7]):
         with pytest.raises(UsageTypeError):
-            Checkpoint(tmp_path, src)
+            Checkpoint(tmp_path, src)  # type: ignore[arg-type]
 
 
 def test_what_a_source_continues_from_is_followed(place, way):
@@ -611,7 +614,8 @@ def test_a_view_of_another_task(place, way, monkeypatch):
         Checkpoint.of(run="nightly", task="trian", **options)
     with pytest.raises(NotFoundError, match="no tasks"):
         Checkpoint.of(run="absent", task="train", **options)
-    for wrong in ({}, {"key": "a", "task": "b"}):
+    wrongs: list[dict[str, Any]] = [{}, {"key": "a", "task": "b"}]
+    for wrong in wrongs:
         with pytest.raises(UsageError, match=r"key=.*task="):
             Checkpoint.of(**wrong, **options)
 
@@ -758,8 +762,7 @@ def test_a_cancelled_save_never_commits_afterwards(place):
 
     async def main():
         save = asyncio.ensure_future(checkpoint.save(b"two"))
-        while not reached.is_set():
-            await asyncio.sleep(0.01)
+        assert await asyncio.to_thread(reached.wait, 10)
         save.cancel()
         await asyncio.sleep(0.02)
         assert not save.done(), "it waits until the request in flight has ended"
@@ -824,6 +827,29 @@ def test_the_first_of_a_family_claims_and_the_others_join(place, way, method):
     way.save(checkpoint, b"parent")
     assert way.load_bytes(checkpoint) == b"parent"
     assert way.load_bytes(place.checkpoint()) == b"parent"
+
+
+def free_what_was_inherited(checkpoint):
+    import fsspec.asyn
+
+    async def collect():
+        gc.collect()
+        await asyncio.sleep(0.05)  # what the finalizers have begun goes on
+
+    checkpoint.load_sync()
+    fsspec.asyn.sync(fsspec.asyn.get_loop(), collect)
+
+
+def test_a_child_that_frees_what_it_inherited_does_not_stall_its_parent(seaweedfs_place):
+    """Connections, and the epoll instance that watches them, are shared by a fork."""
+    place = seaweedfs_place
+    checkpoint = Checkpoint(place.at("task").url, storage_options=place.plain_options)
+    checkpoint.save_sync(b"one")
+    for _ in range(2):
+        assert in_child("fork", free_what_was_inherited, checkpoint) == 0
+        began = time.monotonic()
+        assert checkpoint.load_bytes_sync() == b"one"
+        assert time.monotonic() - began < 5
 
 
 def test_a_copy_joins(place, way):

@@ -9,6 +9,7 @@ import pytest
 
 from taskckpt._fsspec import FsspecStore
 from taskckpt._local import PARTIAL
+from taskckpt._s3 import PART_BYTES
 from taskckpt._store import parse
 from taskckpt.testing import StoreContract
 
@@ -50,6 +51,8 @@ def uploads(place):
 
 
 class TestMoto(StoreContract):
+    part_bytes = PART_BYTES
+
     @pytest.fixture
     def open_at(self, moto_place):
         self.place = moto_place
@@ -60,6 +63,8 @@ class TestMoto(StoreContract):
 
 
 class TestSeaweedFS(StoreContract):
+    part_bytes = PART_BYTES
+
     @pytest.fixture
     def open_at(self, seaweedfs_place):
         self.place = seaweedfs_place

@@ -22,6 +22,7 @@ from tests.crash import contents, interruption
 from tests.crash.interruption import Interruption
 
 ROOT = Path(__file__).parent.parent.parent
+IMPORTS = ("tests.crash.forker", "taskckpt._bridge", "taskckpt._local", "taskckpt.checkpoint", "resource")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Forker:
     """The process that forks. What it imports, children need not; but a lean process forks faster."""
 
     def __init__(self, *imports: str) -> None:
-        code = f"import {', '.join(['tests.crash.forker', *imports])}; tests.crash.forker.main()"
+        code = f"import {', '.join([*IMPORTS, *imports])}; tests.crash.forker.main()"
         command = [sys.executable, "-W", "error", "-c", code]
         self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
@@ -101,7 +102,6 @@ def forker(*imports: str) -> Iterator[Forker]:
 
 
 def main() -> None:
-
     gc.freeze()  # or each collection in a child would copy all of our memory
     jobs = sys.stdin.buffer
     with os.fdopen(os.dup(1), "wb") as outcomes, contextlib.suppress(EOFError):
@@ -251,15 +251,16 @@ def _break(name: str) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
-    def of_files(descriptor: int) -> None:
+    def of_files(descriptor: Any) -> None:
         if os.path.isdir(f"/proc/self/fd/{descriptor}"):
             real_fsync(descriptor)
 
-    def of_folders(descriptor: int) -> None:
+    def of_folders(descriptor: Any) -> None:
         if not os.path.isdir(f"/proc/self/fd/{descriptor}"):
             real_fsync(descriptor)
 
     if name == "link":
         os.link = refuse
     else:
-        os.fsync = {"fsync": lambda _: None, "fsync of files": of_files, "fsync of folders": of_folders}[name]
+        kinds = {"fsync": lambda _: None, "fsync of files": of_files, "fsync of folders": of_folders}
+        setattr(os, "fsync", kinds[name])  # noqa: B010 - to mypy, os.fsync is of one type for ever

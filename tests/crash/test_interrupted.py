@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -83,8 +83,10 @@ def attempt(forks, sources, quick_path) -> Attempt:
     return Attempt(forks, sources, quick_path)
 
 
-@pytest.mark.parametrize("kind", ["bytes", "folder"])
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "EIO", "ENOSPC"])
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [("SIGTERM", "bytes"), ("SIGINT", "folder"), ("EIO", "bytes"), ("EIO", "folder"), ("ENOSPC", "file")],
+)
 def test_at_every_call(how, kind, attempt):
     job = replace(attempt.job, steps=["load", f"save {kind} 2"], how=how, skip=1)
     calls = attempt.run(job).calls
@@ -186,7 +188,7 @@ class Failing:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
-    def __enter__(self) -> Failing:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -194,7 +196,10 @@ class Failing:
 
 
 def break_reads(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
-    monkeypatch.setattr("taskckpt._payload.open", lambda *a, **k: Failing(open(*a, **k), times), raising=False)
+    def failing(path: str, mode: str, **named: Any) -> Failing:
+        return Failing(open(path, mode, **named), times)
+
+    monkeypatch.setattr("taskckpt._payload.open", failing, raising=False)
 
 
 @pytest.mark.parametrize("times", range(10))

@@ -137,3 +137,21 @@ def test_a_save_that_was_cut_is_old_or_new(steps, first, forks, disk, job):
     assert not outcome.killed
     assert at > 12
     assert len(seen) >= 2
+
+
+@pytest.mark.parametrize("kind", ["inline", "bytes", "folder"])
+def test_every_new_name_is_on_the_disk_before_the_next_step(kind, forks, sources, tmp_path):
+    # Needs no root. And ext4 writes more than it must at each fsync, so that a cut there misses some of these.
+    saves = [f"save {kind} 1", f"save {kind} 2"]
+    calls = [
+        call
+        for call in forks.run(Job(str(tmp_path / "a" / "task"), saves, sources, tmp_path)).calls
+        if call != "unlink"  # of the other name of a file that has been linked
+    ]
+    assert calls.count("link") == 3
+    assert calls.count("rename") == (0 if kind == "inline" else 2)
+    for before, call, after in zip(calls, calls[1:], [*calls[2:], "end"], strict=False):
+        if call in ("link", "rename"):
+            assert (before, after) == ("fsync", "fsync"), calls
+        elif call == "mkdir":
+            assert after == "fsync", calls

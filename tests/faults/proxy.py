@@ -43,7 +43,7 @@ class Request:
 
 def verb_of(method: str, target: str, headers: list[tuple[str, str]]) -> tuple[str, str]:
     split = urlsplit(target)
-    bucket, _, key = unquote(split.path).lstrip("/").partition("/")
+    _, _, key = unquote(split.path).lstrip("/").partition("/")
     query = parse_qs(split.query, keep_blank_values=True)
     exclusive = any(name.lower() == "if-none-match" for name, _ in headers)
     verb = {
@@ -76,10 +76,8 @@ class Reply:
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
-class _Hang(Exception):
+class _HungUpError(Exception):
     """The connection ends here, without a word or in the middle of one."""
-
-
 
 
 @dataclass
@@ -128,14 +126,14 @@ def reset(connection: socket.socket) -> None:
 def drop(proxy: Proxy, request: Request, connection: socket.socket) -> Reply:
     """The connection is reset before the request had any effect."""
     reset(connection)
-    raise _Hang
+    raise _HungUpError
 
 
 def lose_reply(proxy: Proxy, request: Request, connection: socket.socket) -> Reply:
     """The request takes effect, and the connection is reset before the reply."""
     proxy.forward(request)
     reset(connection)
-    raise _Hang
+    raise _HungUpError
 
 
 def error_after_effect(proxy: Proxy, request: Request, connection: socket.socket) -> Reply:
@@ -147,7 +145,7 @@ def error_after_effect(proxy: Proxy, request: Request, connection: socket.socket
 def hang(proxy: Proxy, request: Request, connection: socket.socket) -> Reply:
     """No answer ever comes."""
     proxy.closed.wait(60)
-    raise _Hang
+    raise _HungUpError
 
 
 def cut(share: float) -> Callable[..., Reply]:
@@ -157,7 +155,7 @@ def cut(share: float) -> Callable[..., Reply]:
         reply = proxy.forward(request)
         connection.sendall(reply.head(request.method) + reply.body[: int(len(reply.body) * share)])
         connection.shutdown(socket.SHUT_WR)
-        raise _Hang
+        raise _HungUpError
 
     return act
 
@@ -166,7 +164,7 @@ def cut_headers(proxy: Proxy, request: Request, connection: socket.socket) -> Re
     """The reply ends in the middle of its headers."""
     connection.sendall(proxy.forward(request).head(request.method)[:20])
     reset(connection)
-    raise _Hang
+    raise _HungUpError
 
 
 def flip(proxy: Proxy, request: Request, connection: socket.socket) -> Reply:
@@ -245,7 +243,7 @@ class _Handler(socketserver.StreamRequestHandler):
 
     def handle(self) -> None:
         proxy: Proxy = self.server.proxy  # type: ignore[attr-defined]
-        with contextlib.suppress(_Hang, OSError, http.client.HTTPException):
+        with contextlib.suppress(_HungUpError, OSError, http.client.HTTPException):
             while (request := self._next()) is not None:
                 reply = proxy.handle(request, self.connection)
                 body = b"" if request.method == "HEAD" else reply.body

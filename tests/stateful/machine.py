@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import random
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -12,13 +14,13 @@ from pathlib import Path
 
 import fsspec
 import hypothesis.strategies as st
+from hypothesis import event
 from hypothesis.stateful import (
     Bundle,
     RuleBasedStateMachine,
     consumes,
     initialize,
     invariant,
-    multiple,
     precondition,
     rule,
 )
@@ -53,6 +55,7 @@ class Process:
     loaded: str | None = None
     stale: bool = False
     crashed: bool = False
+    clean_since: int = -1  # how many faults there had been when it claimed; -1: it has not
 
     def __repr__(self) -> str:
         return self.name
@@ -72,8 +75,11 @@ class Place:
             return {os.path.join(at, name) for at, _, names in os.walk(root) for name in names}
         return set(self._fs.find(root))
 
+    def read(self, key: str) -> bytes:
+        return Path(key).read_bytes() if self.kind == "local" else bytes(self._fs.cat_file(key))
+
     def damage(self, key: str, how: str) -> None:
-        data = Path(key).read_bytes() if self.kind == "local" else self._fs.cat_file(key)
+        data = self.read(key)
         middle = len(data) // 2
         data = data[:middle] + (b"" if how == "cut" else bytes([data[middle] ^ 1]) + data[middle + 1 :])
         if how == "gone":
@@ -98,9 +104,9 @@ class Attempts(RuleBasedStateMachine):
             fsspec.filesystem("memory").rm(str(root), recursive=True)
         self.scratch = root / "scratch"
         self.oracle = Oracle()
-        self.families = self.count = self.entries = 0
+        self.families = self.count = 0
         self.fault: tuple[int, str] | None = None
-        self.faulted = False
+        self.faults = 0
         self.crashing = False
         self.stack = ExitStack()
         self.stack.enter_context(intercepted(self.hook))
@@ -114,8 +120,6 @@ class Attempts(RuleBasedStateMachine):
     def hook(self, when: str, verb: str, keys: Sequence[str]) -> None:
         if self.crashing:
             raise Crash
-        if verb == "create" and when == "after":
-            self.entries += 1
         if self.fault is None:
             return
         left, how = self.fault
@@ -124,7 +128,8 @@ class Attempts(RuleBasedStateMachine):
         self.fault = (left - 1, how)
         if left > 0:
             return
-        self.fault, self.faulted = None, True
+        self.fault = None
+        self.faults += 1
         if how.startswith("crash"):
             self.crashing = True
             raise Crash
@@ -148,6 +153,11 @@ class Attempts(RuleBasedStateMachine):
     @rule(target=processes, keep=st.sampled_from([1, 2, 3, None]))
     def attempt(self, keep: int | None) -> Process:
         return self.new_attempt(keep)
+
+    def retried(self, process: Process) -> None:
+        """The platform starts what was killed again."""
+        if self.families < MOST_ATTEMPTS:
+            process.__dict__.update(self.new_attempt(process.family.keep).__dict__)
 
     def new_attempt(self, keep: int | None) -> Process:
         self.families += 1
@@ -177,8 +187,34 @@ class Attempts(RuleBasedStateMachine):
             self.oracle.saved(Saved(label, result == "done", keys=keys), process.family, process.loaded)
         if result == "done" and kind != "small":
             assert len(keys) == 1
-        if result == "done" and not self.faulted:
-            self.expect_few_payloads(process)
+        if result == "done" and self.faults == process.clean_since and process.family.keep is not None:
+            self.expect_few_objects(process, process.family.keep)
+
+    @rule(process=processes, kinds=st.lists(st.sampled_from(["large", "folder"]), min_size=2, max_size=3))
+    def save_what_rots(self, process: Process, kinds: list[str]) -> None:
+        for kind in kinds:
+            self.save(process, kind)
+        for _ in kinds[1:]:
+            self.rot("flip")
+        self.look()
+
+    @precondition(lambda self: self.families < MOST_ATTEMPTS)
+    @rule(target=processes, before=processes, keep=st.sampled_from([1, 2, 3, None]), loads=st.booleans())
+    def retry_whose_first_save_rots(self, before: Process, keep: int | None, *, loads: bool) -> Process:
+        for kind in ("large", "folder"):
+            self.save(before, kind)
+        process = self.new_attempt(keep)
+        if loads:
+            self.load(process)
+        self.save(process, "large")
+        self.rot("flip")
+        self.look()
+        return process
+
+    @rule(process=processes, times=st.integers(4, 12))
+    def save_often(self, process: Process, times: int) -> None:
+        for number in range(times):
+            self.save(process, "small" if number % 3 else "large")
 
     @rule(process=processes)
     def load(self, process: Process) -> None:
@@ -189,7 +225,7 @@ class Attempts(RuleBasedStateMachine):
             if found[0] != CORRUPT:
                 process.loaded = found[0]
 
-    @precondition(lambda self: any(one.claimed == "yes" for one in self.oracle.owners))
+    @precondition(lambda self: any(one.claimed == "yes" for one in self.oracle.owners) and self.count % 3 == 0)
     @rule(process=processes)
     def clear(self, process: Process) -> None:
         result = self.operate(process, process.checkpoint.clear_sync)
@@ -219,8 +255,15 @@ class Attempts(RuleBasedStateMachine):
 
     def operate(self, process: Process, operation: Callable[[], object]) -> str:
         """Runs it, and judges whether it may end as it does: done, unknown, failed, stale or crashed."""
+        result = self._operate(process, operation)
+        event(result)
+        return result
+
+    def _operate(self, process: Process, operation: Callable[[], object]) -> str:
         if process.crashed:
+            self.retried(process)
             return "crashed"
+        fresh, faults = process.family.claimed == "no", self.faults
         try:
             operation()
         except StaleAttemptError:
@@ -242,25 +285,32 @@ class Attempts(RuleBasedStateMachine):
         assert not process.stale, f"{process} was stale before"
         assert self.oracle.may_succeed(process.family), f"{process} was outdone, and yet it goes on"
         self.oracle.took_part(process.family)
+        if fresh:
+            process.clean_since = faults
         return "done"
 
     def judge_load(self, label: str | None) -> None:
         allowed = self.oracle.loadable()
+        event(f"loaded {label and label.partition('-')[0]}, of {len(allowed)} possible")
         assert label in allowed, f"loaded {label}, not one of {allowed}"
         self.oracle.was_loaded(label)
 
-    def expect_few_payloads(self, process: Process) -> None:
-        keep = process.family.keep
-        if keep is not None and not process.child:
-            assert len(self.place.keys("data")) <= keep + 1
+    def expect_few_objects(self, process: Process, keep: int) -> None:
+        """Payloads: those kept, and what was resumed from. Records: the guard, and a batch that is not full yet."""
+        assert len(self.place.keys("data")) <= keep + 1
+        newest, run = "", 0
+        for key in sorted(self.place.keys("log")):  # newest first
+            record = json.loads(self.place.read(key).partition(b"\n")[0])
+            newest = newest or record["writer"]
+            if record["kind"] in ("claim", "join") or record["writer"] != newest:
+                break
+            run += record["kind"] == "commit"  # claims, joins and clears stay
+        assert run <= keep + GUARDED + BATCH
 
     @invariant()
-    def few_records(self) -> None:
-        if not self.faulted:
-            kept = self.families + self.count  # generous: no save adds more than one
-            assert len(self.place.keys("log")) <= self.entries <= kept + self.entries
-        for key in self.place.keys(""):
-            assert "/.partial-" not in key, key
+    def nothing_lies_about(self) -> None:
+        if not self.faults:
+            assert not [key for key in self.place.keys("") if "/.partial-" in key]
 
     # -- contents ---------------------------------------------------------------------------------------
 
@@ -302,6 +352,4 @@ class Attempts(RuleBasedStateMachine):
 
 
 def noise(label: str, size_bytes: int) -> bytes:
-    import random
-
     return random.Random(label).randbytes(size_bytes)

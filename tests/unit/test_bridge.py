@@ -460,10 +460,10 @@ async def longest_gap(work, *, beat_s: float = 0.005) -> float:
     return max(gaps)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)  # other tests may keep the disk busy
 def test_saving_a_large_folder_does_not_hold_the_loop_up(place, tmp_path, capsys):
     """The target is 50 ms for 1 GiB, on a machine with nothing else to do; the limit leaves room for others."""
-    size = int(os.environ.get("TASKCKPT_TEST_MIB", "256"))
+    size = int(os.environ.get("TEST_MIB", "256"))
     folder = tmp_path / "folder"
     folder.mkdir()
     block = os.urandom(1 << 20)

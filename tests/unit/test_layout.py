@@ -113,6 +113,8 @@ def test_known_answers():
 
 
 @given(names, names)
+@example(KEYED_RUN, "x")
+@example(KEYED_RUN.upper(), "x")
 def test_no_run_gets_into_the_folder_of_keyed_tasks(run, task):
     assert run_folder(run).lower() != KEYED_RUN
     assert task_prefix(run, task).partition("/")[0].lower() != KEYED_RUN

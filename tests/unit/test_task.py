@@ -181,6 +181,7 @@ def test_failed_attempts_are_told(caplog):
         (lambda error: "again" in str(error), KeyError("again"), 4),
         (lambda error: "again" in str(error), KeyError("never"), 1),
         (lambda error: isinstance(error, OSError), KeyboardInterrupt(), 1),
+        (lambda _: True, KeyboardInterrupt(), 1),
         (Exception, KeyboardInterrupt(), 1),
         (Exception, SystemExit(3), 1),
         (Exception, GeneratorExit(), 1),
@@ -466,7 +467,8 @@ def test_different_calls_never_share():
         "a", ["a"], "['a']", '["a"]', ["a", "b"], ["a, b"], ['a", "b'],
         {"a": "b"}, {"a": {"b": 1}},
         {"a: b": 1}, {"a": "b: 1"},
-        Path("a"), PurePosixPath("b"), "Path('a')", 'Path("a")', "a\n", "a\\n", "é", "e\u0301", "\ud800", b"\xff", "\xff",
+        Path("a"), PurePosixPath("b"), "Path('a')", 'Path("a")', "a\n", "a\\n",
+        "é", "e\u0301", "\ud800", b"\xff", "\xff",
         {1: "a"}, {1.0: "a"}, {True: "a"}, {"1": "a"}, {"a": 1, "b": 2}, {"a": 2, "b": 1}, {None: 1}, {(1, 2): 3},
         {"1", 1}, {"1"},
     ]  # fmt: skip

@@ -40,8 +40,9 @@ def saved(tmp_path):
 
 def run(tmp_path, text: str, *args: object, status: int = 0, **env: str) -> str:
     preamble = "import os, signal, subprocess, sys, time\nfrom pathlib import Path\nfrom taskckpt import Checkpoint\n"
+    code = preamble + textwrap.dedent(text)
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", preamble + textwrap.dedent(text), *map(str, args)],
+        [sys.executable, "-W", "error", "-W", "ignore:This process", "-c", code, *map(str, args)],
         cwd=tmp_path, capture_output=True, text=True, timeout=15, check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT), **env},
     )  # fmt: skip
