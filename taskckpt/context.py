@@ -28,7 +28,7 @@ from taskckpt._store import Location, is_unset, parse
 from taskckpt.errors import AmbiguousIdentityError, NoTaskContextError, UsageError
 
 if TYPE_CHECKING:
-    from taskckpt.checkpoint import Checkpoint, Target
+    from taskckpt._checkpoint import Checkpoint, Target
 
 logger = logging.getLogger("taskckpt")
 
@@ -97,7 +97,7 @@ class TaskContext:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """This attempt's checkpoint; the same object every time."""
-        from taskckpt.checkpoint import Checkpoint
+        from taskckpt._checkpoint import Checkpoint
 
         return Checkpoint._for_context(  # noqa: SLF001 - the two rooms share one door
             self.place,

@@ -38,7 +38,7 @@ def test_a_file_that_vanishes_while_it_is_saved_is_no_stale_attempt(
 ) -> None:
     checkpoint = Checkpoint(tmp_path / "task")
     checkpoint.save_sync(b"first")
-    monkeypatch.setattr(os, "rename", lambda source, target: os.unlink(source) or os.stat(source))
+    monkeypatch.setattr(os, "rename", lambda source, target: os.stat(f"{source}-is-gone"))
     with pytest.raises(NotFoundError):
         checkpoint.save_sync(b"second".ljust(LARGE))
     assert checkpoint.load_bytes_sync() == b"first"

@@ -36,16 +36,22 @@ class Story:
     stale: bool = False
 
 
-def turmoil(folder: Path, dest: str, options: dict[str, object], *, seconds: float) -> dict[int, int]:
-    """Keeps four processes at it, and kills one now and then; gives how each of them ended."""
+def turmoil(
+    folder: Path, dest: str, options: dict[str, object], *, seconds: float, kill_every_s: float
+) -> dict[int, int]:
+    """Keeps four processes at it, and kills one now and then; gives how each of them ended.
+
+    On a busy machine it takes longer: until some were outdone and some saved.
+    """
     choose, running, ended = random.Random(7), dict[int, subprocess.Popen[bytes]](), dict[int, int]()
     notes, stop = folder / "notes", folder / "stop"
     notes.touch()
-    deadline = time.monotonic() + seconds
-    started = 0
+    began = time.monotonic()
+    next_kill, started = began + kill_every_s, 0
     try:
         while running or not stop.exists():
-            if time.monotonic() > deadline and not stop.exists():
+            passed = time.monotonic() - began
+            if passed > 5 * seconds or (passed > seconds and _was_no_quiet_time(stories(folder))):
                 stop.touch()
             while len(running) < AT_ONCE and not stop.exists():
                 started += 1
@@ -53,7 +59,8 @@ def turmoil(folder: Path, dest: str, options: dict[str, object], *, seconds: flo
                 process = subprocess.Popen([*command, str(notes), str(stop), str(started)], cwd=ROOT)
                 running[process.pid] = process
             time.sleep(choose.uniform(0.01, 0.1))
-            if running and choose.random() < 0.15 and not stop.exists():
+            if running and time.monotonic() > next_kill and not stop.exists():
+                next_kill += choose.uniform(0.5, 1.5) * kill_every_s
                 running[choose.choice(sorted(running))].send_signal(signal.SIGKILL)
             for pid in [pid for pid, process in running.items() if process.poll() is not None]:
                 ended[pid] = running.pop(pid).returncode
@@ -66,7 +73,8 @@ def turmoil(folder: Path, dest: str, options: dict[str, object], *, seconds: flo
 
 def stories(folder: Path) -> dict[int, Story]:
     found: dict[int, Story] = {}
-    for line in (folder / "notes").read_text().splitlines():
+    *lines, _ = (folder / "notes").read_text().split("\n")  # the last one may not be complete
+    for line in lines:
         note = json.loads(line)
         story = found.setdefault(note["pid"], Story())
         match note["what"]:
@@ -81,6 +89,10 @@ def stories(folder: Path) -> dict[int, Story]:
             case "stale":
                 story.stale = True
     return found
+
+
+def _was_no_quiet_time(told: dict[int, Story]) -> bool:
+    return sum(story.stale for story in told.values()) >= 2 and sum(len(story.saved) for story in told.values()) > 20
 
 
 def expect_no_lie(told: dict[int, Story], ended: dict[int, int], final: str | None) -> None:
@@ -110,8 +122,8 @@ def expect_no_lie(told: dict[int, Story], ended: dict[int, int], final: str | No
         assert final == list(told[owner].saved)[-1]
 
 
-def endure(folder: Path, dest: str, options: dict[str, object], *, seconds: float) -> None:
-    ended = turmoil(folder, dest, options, seconds=seconds)
+def endure(folder: Path, dest: str, options: dict[str, object], *, seconds: float, kill_every_s: float) -> None:
+    ended = turmoil(folder, dest, options, seconds=seconds, kill_every_s=kill_every_s)
     told = stories(folder)
     # Whoever was not killed and is not the last one was told that it is stale; nobody ended otherwise.
     assert set(ended.values()) <= {0, STALE, NEVER_BEGAN, -signal.SIGKILL}, ended
@@ -119,9 +131,7 @@ def endure(folder: Path, dest: str, options: dict[str, object], *, seconds: floa
     view = Checkpoint(dest, storage_options=options, read_only=True).load_bytes_sync()
     final = None if view is None else view.decode().strip()
     expect_no_lie(told, ended, final)
-    # It was no quiet time.
-    assert STALE in ended.values()
-    assert sum(len(story.saved) for story in told.values()) > 20
+    assert _was_no_quiet_time(told)
     # And the task goes on.
     checkpoint = Checkpoint(dest, storage_options=options)
     assert checkpoint.load_bytes_sync() == view
@@ -132,11 +142,11 @@ def endure(folder: Path, dest: str, options: dict[str, object], *, seconds: floa
 @pytest.mark.timeout(60)
 def test_processes_at_once_on_a_disk(tmp_path: Path) -> None:
     dest = tmp_path / "task"
-    endure(tmp_path, str(dest), {}, seconds=8)
+    endure(tmp_path, str(dest), {}, seconds=8, kill_every_s=0.4)
     left = [name for _, _, names in os.walk(dest) for name in names if name.startswith(".partial-")]
     assert not left  # the last attempt swept what the killed ones left
 
 
 @pytest.mark.timeout(60)
 def test_processes_at_once_on_s3(tmp_path: Path, seaweedfs: S3Server, new_bucket: Callable[[S3Server], str]) -> None:
-    endure(tmp_path, f"s3://{new_bucket(seaweedfs)}/run/task", seaweedfs.storage_options, seconds=6)
+    endure(tmp_path, f"s3://{new_bucket(seaweedfs)}/run/task", seaweedfs.storage_options, seconds=6, kill_every_s=2)

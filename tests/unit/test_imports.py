@@ -19,7 +19,7 @@ PACKAGE = ROOT / "taskckpt"
 LAYERS = [
     *("testing", "testing._contract", "testing._intercept", "testing.servers", "testing._guard"),
     "__init__",
-    *("task", "latest", "context", "checkpoint"),
+    *("_task", "latest", "context", "_checkpoint"),
     *("_bridge", "_workspace", "_chain", "_payload", "_log"),
     *("_foreign", "_extract", "_archive", "_gzip", "_tar"),
     *("_retention", "_history", "_identity", "engines", "_records"),
@@ -28,7 +28,7 @@ LAYERS = [
 ]
 
 # Doors that open upwards, inside of functions only: factories, and two rooms that share one door.
-UPWARDS = {("checkpoint", "context"), ("_store", "_fsspec"), ("_store", "_local"), ("_fsspec", "_s3")}
+UPWARDS = {("_checkpoint", "context"), ("_store", "_fsspec"), ("_store", "_local"), ("_fsspec", "_s3")}
 
 # What comes from elsewhere, and who may ask for it. "lazily" is: inside of functions.
 OUTSIDE = {
@@ -39,7 +39,7 @@ OUTSIDE = {
     "fsspec": {"_fsspec": "lazily"},
     "isal": {"_gzip": "at once", "_foreign": "at once"},
     "s3fs": {"_s3": "lazily", "_fsspec": "lazily"},
-    "tenacity": {"_operation": "lazily", "task": "lazily"},
+    "tenacity": {"_operation": "lazily", "_task": "lazily"},
     "zstandard": {"_foreign": "lazily"},
     "xxhash": {},
 }
