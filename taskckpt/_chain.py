@@ -158,8 +158,9 @@ class Chain:
     ) -> tuple[Commit, T] | None:
         for found in reader.walk(view, confirm=True):
             match found:
-                case Damaged(slot=1):
-                    # The first slot always holds a claim, so no checkpoint is lost with it.
+                case Damaged(slot=1, torn=True):
+                    # The first slot always holds a claim, and this one was killed while it was written (on a
+                    # disk without hard links), so nobody ever went on from it.
                     logger.warning("The first record of the log is damaged: %s", found.error)
                 case Damaged():
                     search.problems.append(found.error)

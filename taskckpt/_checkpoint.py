@@ -21,10 +21,12 @@ from taskckpt._log import TaskLog, new_nonce
 from taskckpt._operation import Stop
 from taskckpt._payload import PAYLOAD, Data
 from taskckpt._records import Commit
+from taskckpt._retention import Kept
 from taskckpt._store import Location, Store, is_unset, open_store, parse
 from taskckpt.errors import (
     NotFoundError,
     SourceChangedError,
+    StaleAttemptError,
     UsageError,
     UsageTypeError,
 )
@@ -114,6 +116,9 @@ class Checkpoint:
         self._claim_nonce = claim_nonce or new_nonce()
         self._inherited = claim_nonce is not None
         self._about = dict(about or {})
+        self._on_hold: Callable[[], None] | None = None
+        self._resumed_from: Kept | None = None
+        self._ended = False
         self._home = self._pid = os.getpid()
         self._forget()
 
@@ -128,8 +133,12 @@ class Checkpoint:
         claim_nonce: str,
         inherited: bool,
         about: Mapping[str, Any],
+        on_hold: Callable[[], None] | None,
     ) -> Self:
-        """A context's own checkpoint: one place, and a claim that child processes may share."""
+        """A context's own checkpoint: one place, and a claim that child processes may share.
+
+        ``on_hold`` is called once when this process has claimed or joined.
+        """
         self = cls.__new__(cls)
         self._setup(
             dest,
@@ -140,6 +149,7 @@ class Checkpoint:
             claim_nonce=claim_nonce,
             about=about,
         )
+        self._on_hold = on_hold
         self._inherited = inherited
         self._home = 0 if inherited else self._home  # made in a process above this one
         return self
@@ -148,6 +158,7 @@ class Checkpoint:
         self._lock = threading.RLock()
         self._store: Store | None = None
         self._log: TaskLog | None = None
+        self._saves_under_way = 0
         self._path: Path | None = None
 
     @classmethod
@@ -300,21 +311,22 @@ class Checkpoint:
     def _newest_good(self, use: Callable[[Origin, Loadable], T], stop: Stop) -> tuple[Origin, Loadable, T] | None:
         store = self._open()
         view = None
-        if not self._read_only:
+        if self._claims:
             with self._exclusively(stop):
                 view = self._own_log(store).view(stop)
+                self._tell_hold()
         origin = self._origin(store)
         found = self._chain(stop).newest_good(origin, view, use)
         if found is None:
             return None
         where, loaded, _ = found
-        if where is origin and not self._read_only and isinstance(loaded, Commit):
+        if where is origin and self._claims and isinstance(loaded, Commit):
             with self._exclusively(stop):
-                self._own_log(store).resumed(loaded)
+                self._resumed_from = self._own_log(store).resumed_from = Kept.of(loaded)
         return found
 
     def _origin(self, store: Store) -> Origin:
-        reader = None if self._read_only or self._log is None else self._log.reader
+        reader = None if self._log is None else self._log.reader
         return Origin(self._dest, store, reader)
 
     def _chain(self, stop: Stop) -> Chain:
@@ -361,9 +373,11 @@ class Checkpoint:
         with self._exclusively(stop):
             log = self._own_log(store)
             log.hold(stop)
+            self._tell_hold()
             for remaining in reversed(range(SAVE_TRIES)):
                 try:
-                    self._save_once(store, log, data, stop)
+                    with self._saving():
+                        self._save_once(store, log, data, stop)
                 except SourceChangedError as error:
                     if not remaining:
                         raise
@@ -412,16 +426,47 @@ class Checkpoint:
         self._expect_writable("clear")
         store = self._open()
         with self._exclusively(stop):
+            if self._saves_under_way:
+                raise UsageError("clear was called in the middle of a save of the same thread.", uri=store.uri)
             log = self._own_log(store)
             if not store.list_below("log", first_page=True).sizes and not self._sources:
                 return  # nothing was ever saved here
             log.hold(stop)
+            self._tell_hold()
             log.clear(stop)
         logger.info("Cleared %s.", self.remote_destination)
 
     # --- inside --------------------------------------------------------------------------------
 
+    @property
+    def _claims(self) -> bool:
+        """Whether a load takes the task over."""
+        return not self._read_only and not self._ended
+
+    def _end(self) -> None:
+        """The task call that this belongs to has ended: what it left running in this process may save no more."""
+        self._ended = True
+
+    def _tell_hold(self) -> None:
+        if self._on_hold is not None and self._log is not None and self._log.holds:
+            tell, self._on_hold = self._on_hold, None
+            tell()
+
+    @contextmanager
+    def _saving(self) -> Generator[None]:
+        self._saves_under_way += 1
+        try:
+            yield
+        finally:
+            self._saves_under_way -= 1
+
     def _expect_writable(self, verb: str) -> None:
+        if self._ended:
+            raise StaleAttemptError(
+                f"The task call that this checkpoint belongs to has ended; it cannot {verb}.",
+                uri=self.remote_destination,
+                hint="Let what the call left running end; a new call has a checkpoint of its own.",
+            )
         if self._read_only:
             raise UsageError(
                 f"This is a read-only view; it cannot {verb}.",
@@ -479,11 +524,11 @@ class Checkpoint:
             self._log = TaskLog(
                 store,
                 claim_nonce=self._claim_nonce,
-                inherited=self._inherited,
                 keep=self._keep,
                 about={key: _plain(value) for key, value in about.items() if value is not None},
                 sources=tuple(source.record_uri for source in self._sources),
             )
+            self._log.resumed_from = self._resumed_from
         return self._log
 
     def _notice_fork(self) -> None:
@@ -509,6 +554,7 @@ class Checkpoint:
         state = dict(self.__dict__)
         for name in ("_lock", "_store", "_log"):
             del state[name]
+        state["_on_hold"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -34,6 +34,9 @@ FileSystem: TypeAlias = Any
 # Ranged reads under way at once while an object is streamed.
 READ_THREADS = 4
 
+# Protocols whose clients know a conditional create; whether the server obeys is probed.
+NATIVE_CREATE = (*S3_PROTOCOLS, "gs", "gcs", "az", "abfs", "abfss")
+
 # Protocols whose first path component is a bucket: it must exist, it is never created here.
 BUCKET_PROTOCOLS = (*S3_PROTOCOLS, "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "r2")
 
@@ -64,7 +67,7 @@ def require_known(location: Location) -> None:
     import fsspec
 
     known = fsspec.available_protocols()
-    if location.protocol not in known:
+    if location.protocol not in known and location.protocol not in fsspec.registry:
         near = difflib.get_close_matches(location.protocol, known, n=3, cutoff=0.5)
         raise UsageError(
             f"Unknown protocol {location.protocol!r}.",
@@ -112,7 +115,7 @@ def new_filesystem(location: Location, options: dict[str, Any]) -> FileSystem:
 class FsspecStore:
     """See ``_store.Store``. Works on any fsspec file system through its synchronous verbs."""
 
-    exclusive = False
+    exclusive: bool | None = False
 
     def __init__(self, location: Location, storage_options: dict[str, Any], timeout_s: float) -> None:
         self.uri = location.uri
@@ -122,6 +125,8 @@ class FsspecStore:
         self._lock = threading.Lock()
         self._filesystem: FileSystem | None = None
         self._pid = os.getpid()
+        if location.protocol in NATIVE_CREATE:
+            self.exclusive = None
 
     @property
     def fs(self) -> FileSystem:
@@ -160,14 +165,30 @@ class FsspecStore:
 
         def request() -> Listing:
             self.fs.invalidate_cache()
-            found = self.fs.find(root, detail=True)
-            start = len(self.fs._strip_protocol(root)) + 1  # noqa: SLF001 - how find() spells what it found
-            return Listing({name[start:]: int(info.get("size") or 0) for name, info in found.items() if name[start:]})
+            return Listing(self._walk(root))
 
         listing = self._call(folder, request)
         if not listing.sizes:
             self._call(folder, self._require_bucket)
         return listing
+
+    def _walk(self, root: str) -> dict[str, int]:
+        """All objects below a folder. Not fsspec's find: that one leaves out what it cannot list, and says nothing."""
+        start = len(self.fs._strip_protocol(root)) + 1  # noqa: SLF001 - how ls() spells what it found
+        sizes: dict[str, int] = {}
+        pending = [root]
+        while pending:
+            try:
+                entries = self.fs.ls(pending.pop(), detail=True)
+            except FileNotFoundError:
+                continue  # an absent folder is an empty one
+            for entry in entries:
+                name = entry["name"].rstrip("/")
+                if entry["type"] == "directory":
+                    pending.append(name)
+                elif name[start:]:
+                    sizes[name[start:]] = int(entry.get("size") or 0)
+        return sizes
 
     def _require_bucket(self) -> None:
         if self._location.protocol in BUCKET_PROTOCOLS:
@@ -209,7 +230,18 @@ class FsspecStore:
     # --- writing -------------------------------------------------------------------------------
 
     def create(self, key: str, data: bytes, stop: Stop) -> None:
-        self._call(key, lambda: self.fs.pipe_file(self._path(key), data, mode="create"), stop)
+        if self.exclusive is not False:
+            self._call(key, lambda: self.fs.pipe_file(self._path(key), data, mode="create"), stop)
+            return
+
+        def request() -> None:
+            # Elsewhere fsspec's "create" looks first and writes then, and takes any error for "absent". So
+            # names carry nonces there, and nothing else is ever written to this one.
+            path = self._path(key)
+            self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self.fs.pipe_file(path, data)
+
+        self._call(key, request, stop)
 
     def write(self, key: str, chunks: Iterable[bytes | memoryview], size_hint: int, stop: Stop) -> None:  # noqa: ARG002
         # No retry of the whole: the stream is gone once it was read. A payload that is only partly
@@ -253,7 +285,7 @@ _memory_lock = threading.Lock()
 class MemoryStore(FsspecStore):
     """fsspec's ``memory://``: one process only."""
 
-    exclusive = True
+    exclusive: bool | None = True
 
     def __init__(self, location: Location, storage_options: dict[str, Any], timeout_s: float) -> None:
         super().__init__(location, storage_options, timeout_s)

@@ -36,6 +36,11 @@ class View:
     complete: bool
 
     @property
+    def has_nonces(self) -> bool:
+        """Whether some writer found that this store has no conditional create."""
+        return any(name.nonce is not None for names in self.names.values() for name in names)
+
+    @property
     def top(self) -> int:
         """The newest slot; 0 where the log is empty."""
         return self.slots[-1] if self.slots else 0
@@ -52,6 +57,7 @@ class Damaged:
 
     slot: int
     error: CorruptCheckpointError
+    torn: bool = False
 
 
 Found: TypeAlias = Record | Damaged
@@ -65,12 +71,14 @@ class Survey:
         newest: The newest record that can be read, if any; the task belongs to its claim.
         head: The newest commit or clear, if any can be read.
         unreadable: Slots above ``head`` whose records could not be read, newest first.
+        continues_from: Where the newest claim that was met says that the task comes from.
     """
 
     view: View
     newest: Record | None = None
     head: Commit | Clear | None = None
     unreadable: tuple[int, ...] = ()
+    continues_from: tuple[str, ...] = ()
 
     @property
     def owner(self) -> ClaimId | None:
@@ -83,6 +91,7 @@ class LogReader:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._cache: OrderedDict[SlotName, Record] = OrderedDict()
+        self._torn: set[SlotName] = set()
 
     def look(self, *, first_page: bool = True) -> View:
         """A fresh listing; by default only of the newest records where the store can stop early."""
@@ -116,7 +125,10 @@ class LogReader:
         try:
             record = _records.decode(self.store.read(key), slot=name.slot, uri=uri)
         except CorruptCheckpointError:  # a bit may have flipped on the way, not at rest
-            record = _records.decode(self.store.read(key), slot=name.slot, uri=uri)
+            data = self.store.read(key)
+            if not data.endswith(b"}\n"):
+                self._torn.add(name)
+            record = _records.decode(data, slot=name.slot, uri=uri)
         self.remember(name, record)
         return record
 
@@ -129,7 +141,7 @@ class LogReader:
             try:
                 found.append(self.read(name))
             except CorruptCheckpointError as error:
-                found.append(Damaged(slot, error))
+                found.append(Damaged(slot, error, torn=name in self._torn))
             except NotFoundError as error:
                 if self.look().top > view.top:
                     raise LogMoved from error
@@ -178,7 +190,9 @@ class LogReader:
     def _next(self, view: View, found: Found, newest: Commit | None) -> set[int]:
         match found:
             case Claim() | Join():
-                return {slot for slot in (found.head, *found.unreadable) if slot is not None}
+                # A join leads to its claim too, which says where the task comes from.
+                below = {slot for slot in (found.head, *found.unreadable) if slot is not None}
+                return below | ({found.stamp.claim.slot} if isinstance(found, Join) else set())
             case Commit():
                 newest = newest or found
                 older = (found.previous, *newest.kept)
@@ -195,6 +209,7 @@ class LogReader:
         """The log as a writer sees it. Raises LogMoved if records went away meanwhile."""
         newest: Record | None = None
         unreadable: list[int] = []
+        continues_from: tuple[str, ...] = ()
         for found in self.walk(view, confirm=confirm):
             if isinstance(found, Damaged):
                 unreadable.append(found.slot)
@@ -202,7 +217,9 @@ class LogReader:
             newest = newest or found
             if isinstance(found, (Commit, Clear)):
                 return Survey(view, newest, found, tuple(unreadable))
-        return Survey(view, newest, None, tuple(unreadable))
+            if isinstance(found, Claim):
+                continues_from = continues_from or found.continues_from
+        return Survey(view, newest, None, tuple(unreadable), continues_from)
 
     def sources(self, view: View, *, at_most: int) -> tuple[str, ...]:
         """Where the newest claim that says so comes from; looks at no more than ``at_most`` records."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import json
 import os
-import sys
 import threading
 import weakref
 from collections import OrderedDict
@@ -27,25 +27,50 @@ def identity_of(function: Callable[..., Any], args: Any, kwargs: Any) -> str:
         )
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
-    arguments = ", ".join(f"{argument}={_canonical(value, argument)}" for argument, value in bound.arguments.items())
-    return f"{name}({arguments}) @ {_module_of(function)}"
+    try:
+        arguments = ", ".join(f"{one}={_canonical(value, one)}" for one, value in bound.arguments.items())
+    except (RecursionError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"An argument cannot be named: {error}.", hint="Name the task: @task(key=...).") from error
+    captured = "".join(f" with {one}={value}" for one, value in _constants_around(function))
+    return f"{name}({arguments}){captured} @ {_module_of(function)}"
+
+
+def _constants_around(function: Callable[..., Any]) -> Iterator[tuple[str, str]]:
+    """Captured variables that tell apart functions of one name: constants, and other functions by their names.
+
+    Not those that the function itself assigns: they change from call to call.
+    """
+    code = getattr(function, "__code__", None)
+    assigned = {one.argval for one in dis.get_instructions(code) if one.opname == "STORE_DEREF"} if code else set()
+    for name, value in sorted(_cells(function), key=lambda cell: cell[0]):
+        if name in assigned:
+            continue
+        if _is_constant(value):
+            yield name, _canonical(value, name)
+        elif inspect.isfunction(value):
+            yield name, f"{value.__module__}.{value.__qualname__}"
 
 
 def _module_of(function: Callable[..., Any]) -> str:
-    if function.__module__ not in ("__main__", "__mp_main__"):
+    if function.__module__ not in ("__main__", "__mp_main__") and not function.__module__.startswith("<"):
         return str(function.__module__)
-    main = sys.modules.get(function.__module__)
-    spec = getattr(main, "__spec__", None)
+    # The function's own globals: under a profiler or runpy, __main__ is somebody else.
+    main: Mapping[str, Any] = getattr(function, "__globals__", {})
+    spec = main.get("__spec__")
     if spec is not None and spec.name not in ("__main__", "__mp_main__"):  # python -m package.module
         return str(spec.name).removesuffix(".__main__")
-    path: str | None = getattr(main, "__file__", None)
+    path: str | None = main.get("__file__")
     if path is None or path.startswith("<"):  # <stdin>
         raise UsageError(
             f"{function.__qualname__} is defined in a notebook or at a prompt, which has no stable name.",
             hint="Name the task: @task(key='my-task'); or, where arguments tell calls apart, "
             "@task(key=lambda day: f'my-task {day}').",
         )
-    return os.path.realpath(path)
+    # Its folder may be reached by several ways; its own name may be one of several links to one file.
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(folder), name)
 
 
 def _canonical(value: object, name: str) -> str:
@@ -54,11 +79,11 @@ def _canonical(value: object, name: str) -> str:
         case None | bool() | int() | float() if type(value) in (type(None), bool, int, float):
             return repr(value)
         case str() if type(value) is str:
-            return json.dumps(value)
+            return _quoted(value)
         case bytes() if type(value) is bytes:
             return repr(value)
         case os.PathLike():
-            return f"Path({json.dumps(os.fsdecode(os.fspath(value)))})"
+            return f"Path({_quoted(os.fsdecode(os.fspath(value)))})"
         case list() | tuple() if type(value) in (list, tuple):
             inner = ", ".join(_canonical(item, f"{name}[{index}]") for index, item in enumerate(value))
             return f"[{inner}]" if isinstance(value, list) else f"({inner},)"
@@ -75,6 +100,14 @@ def _canonical(value: object, name: str) -> str:
     )
 
 
+def _quoted(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return repr(text)  # lone surrogates, written out
+    return json.dumps(text, ensure_ascii=False)
+
+
 @dataclass(frozen=True, slots=True)
 class _Known:
     """The function that was called for a place, as it was then."""
@@ -87,6 +120,14 @@ class _Known:
 _known: OrderedDict[str, _Known] = OrderedDict()
 _MOST_KNOWN = 10_000
 _lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def expect_one_function(function: Callable[..., Any], place: str) -> None:

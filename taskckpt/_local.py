@@ -75,7 +75,7 @@ def translating(path: str | os.PathLike[str]) -> Generator[None]:
 class LocalStore:
     """See ``_store.Store``."""
 
-    exclusive = True  # link(2) and O_EXCL refuse a taken name
+    exclusive: bool | None = True  # link(2) and O_EXCL refuse a taken name
 
     def __init__(self, root: str) -> None:
         self.uri = root
@@ -127,6 +127,9 @@ class LocalStore:
             try:
                 info = os.stat(path)
             except FileNotFoundError:
+                if os.path.islink(path):
+                    message = f"The symlink {path} leads nowhere: is its disk mounted?"
+                    raise UnavailableError(message, uri=self.uri) from None
                 path = os.path.dirname(path)
                 continue
             if not stat.S_ISDIR(info.st_mode):
@@ -198,9 +201,8 @@ class LocalStore:
         folder = os.path.dirname(path)
         partial = f"{folder}/{PARTIAL}{os.path.basename(path)}"
         with translating(path):
-            descriptor = self._open_in_folder(partial)
             try:
-                _fill(descriptor, _checked(chunks, stop))
+                _fill(self._open_in_folder(partial), _checked(chunks, stop))
                 stop.check()
                 os.rename(partial, path)
             except BaseException:

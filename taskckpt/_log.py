@@ -42,7 +42,7 @@ MAX_ROUNDS = 64
 # How often a slot that is said to be taken, but cannot be read, is looked at again.
 SETTLE_TRIES = 6
 # How many earlier claims a claim names. Whoever finds its own nonce among them is stale.
-MAX_FENCED = 16
+MAX_FENCED = 32
 MAX_SOURCES = 16
 
 RecordT = TypeVar("RecordT", Commit, Clear)
@@ -63,7 +63,6 @@ class TaskLog:
 
     Args:
         claim_nonce: Names the attempt; its child processes share it.
-        inherited: True in such a child, which may find the claim made already.
         about: Said in every record, for people.
         sources: Where the task's state comes from if this log has none.
     """
@@ -73,7 +72,6 @@ class TaskLog:
         store: Store,
         *,
         claim_nonce: str,
-        inherited: bool,
         keep: int | None,
         about: Mapping[str, Any],
         sources: tuple[str, ...] = (),
@@ -81,7 +79,6 @@ class TaskLog:
         self.reader = LogReader(store)
         self._store = store
         self._nonce = claim_nonce
-        self._inherited = inherited
         self._keep = keep
         self._about = about
         self._sources = sources
@@ -89,6 +86,7 @@ class TaskLog:
         self._claim: ClaimId | None = None
         self._first = self._last = 0
         self._names_have_nonces = False
+        self._seen_top: int | None = None
         self._fenced_by: str | None = None
         self._fenced_hint = ""
         self._survey: Survey | None = None
@@ -134,6 +132,7 @@ class TaskLog:
                 if to_write:
                     raise denied.error from None
                 logger.warning("This attempt may read its log but not write it; saving will fail: %s", denied.error)
+                self._seen_top = view.top
                 return view
             if held is not None:
                 return held
@@ -143,10 +142,18 @@ class TaskLog:
         # Who is in adds nothing that would show whether the top was one, so it must look again.
         survey = self.reader.survey(view, confirm=self._claim is not None)
         if self._claim is None:
+            self._expect_nothing_new(survey)
+            if not self._names_have_nonces and (self._store.exclusive is False or view.has_nonces):
+                self._name_with_nonces()
             return self._take(survey, stop)
         if survey.owner is not None and survey.owner.nonce != self._nonce:
             raise self._fence_if_confirmed(survey)
         return view
+
+    def _expect_nothing_new(self, survey: Survey) -> None:
+        """A load that was not allowed to claim gave a state; whoever wrote since then took the task over."""
+        if self._seen_top is not None and survey.view.top > self._seen_top:
+            raise self._fence_if_confirmed(survey)
 
     def _take(self, survey: Survey, stop: Stop) -> View | None:
         if survey.owner is not None and survey.owner.nonce == self._nonce:
@@ -175,8 +182,7 @@ class TaskLog:
             raise
         if holder is not None and holder.stamp.nonce != claim.stamp.nonce:
             return None
-        if not self._store.exclusive:
-            self._probe(claim, stop)
+        self._probe(claim, stop)
         view = self.reader.look()
         if view.top > slot:
             # Our child joined already: join it. A newer attempt: we are stale. Else our claim filled a slot
@@ -188,26 +194,27 @@ class TaskLog:
 
     def _sources_before(self, survey: Survey) -> tuple[str, ...]:
         """Where earlier attempts said that the task comes from, as long as nothing was saved since."""
-        if survey.head is not None or survey.owner is None:
-            return ()
-        return self.reader.sources(survey.view, at_most=2)
+        return () if survey.head is not None else survey.continues_from
 
-    def _probe(self, claim: Claim, stop: Stop) -> None:
-        """Creates our own claim a second time, which the store must refuse."""
-        if self._names_have_nonces:
+    def _probe(self, record: Claim | Join, stop: Stop) -> None:
+        """Creates our own record a second time, which the store must refuse."""
+        if self._store.exclusive or self._names_have_nonces:
             return
         try:
-            self._store.create(slot_key(claim.stamp.slot), _records.encode(claim), stop)
+            self._store.create(slot_key(record.stamp.slot), _records.encode(record), stop)
         except AlreadyExistsError:
             return
+        self._name_with_nonces()
+        self._create(record, stop)
+
+    def _name_with_nonces(self) -> None:
+        self._names_have_nonces = True
         warnings.warn(
             f"{self._store.uri}: this store overwrites where it was told to create only. Nothing that was saved "
             "gets overwritten all the same, but two attempts at once are told apart by best effort only.",
             TaskckptWarning,
             stacklevel=8,
         )
-        self._names_have_nonces = True
-        self._create(claim, stop)
 
     def _join(self, survey: Survey, stop: Stop) -> View | None:
         """One try to go on under a claim that another process of this attempt has made."""
@@ -220,6 +227,7 @@ class TaskLog:
         holder = self._create(join, stop)
         if holder is not None and holder.stamp.nonce != join.stamp.nonce:
             return None
+        self._probe(join, stop)
         view = self.reader.look()
         if view.top > slot:
             return None
@@ -228,12 +236,11 @@ class TaskLog:
         return view
 
     def _begin(self, claim: ClaimId, slot: int, survey: Survey) -> None:
-        self._claim, self._first, self._last = claim, slot, slot
         self._survey, self._retention, self._dropped = survey, None, []
         head = survey.head
-        self._count = 0
-        if isinstance(head, Commit) and head.stamp.claim == claim:
-            self._count = head.count
+        self._count = head.count if isinstance(head, Commit) and head.stamp.claim == claim else 0
+        self._first, self._last = slot, slot
+        self._claim = claim  # last: an interrupt before it leaves us outside, not half inside
 
     def _fence_if_confirmed(self, survey: Survey) -> StaleAttemptError | LogMoved:
         """What to raise when the newest record is another attempt's: stale, if it is the newest indeed."""
@@ -251,9 +258,19 @@ class TaskLog:
         self._number += 1
         return payload_key(self._claim.slot, self._claim.nonce, self._number, save_nonce, suffix)
 
-    def resumed(self, commit: Commit) -> None:
-        """This process goes on from ``commit``: it stays until two newer ones exist."""
-        self._resumed = Kept.of(commit)
+    @property
+    def resumed_from(self) -> Kept | None:
+        """What this attempt goes on from: it stays until two newer ones exist."""
+        return self._resumed
+
+    @resumed_from.setter
+    def resumed_from(self, commit: Kept | None) -> None:
+        self._resumed = commit
+
+    @property
+    def holds(self) -> bool:
+        """Whether this process has claimed or joined."""
+        return self._claim is not None
 
     def commit(self, save_nonce: str, content: Content, stored: Stored, stop: Stop) -> Commit:
         """Makes a checkpoint exist. Its payload is complete and durable already.
@@ -321,6 +338,8 @@ class TaskLog:
                 if isinstance(holder, Commit):
                     self._adopt(holder)
                     self._settle(holder.stamp.slot, but=holder)
+                elif isinstance(holder, Clear):
+                    self._drop(self._retained().cleared())
                 continue
             self._rejoin(stop)
         raise self._crowded()

@@ -38,11 +38,12 @@ class Store(Protocol):
 
     Attributes:
         uri: The root, absolute, for people and for records.
-        exclusive: True where ``create`` is known to refuse a taken key; else an owner probes it first.
+        exclusive: True where ``create`` is known to refuse a taken key, False where it is known not to, None
+            where an owner has to probe it.
     """
 
     uri: str
-    exclusive: bool
+    exclusive: bool | None
 
     def list_below(self, folder: str, *, first_page: bool = False) -> Listing:
         """All objects below a folder, recursively; an absent folder is an empty one.
@@ -137,6 +138,10 @@ def parse(target: str | os.PathLike[str], *, what: str = "dest") -> Location:
         )
     if "\0" in text or ("::" in text and "://" in text):
         raise UsageError(f"{what} {text!r} is no plain URL.", hint="Chained URLs (a::b) and NUL are not taken.")
+    if not isinstance(target, str) and _NEAR_URL.match(text) and ":/" in text:
+        raise UsageError(
+            f"{what} is a Path made of a URL.", uri=text, hint="Pass the URL as a str: a Path loses a slash."
+        )
     scheme = _SCHEME.match(text) if isinstance(target, str) else None
     if scheme is not None:
         return _parse_url(text, scheme[1].lower(), what)
@@ -181,7 +186,9 @@ def _parse_url(text: str, protocol: str, what: str) -> Location:
     rest = text.split(":", 1)[1]
     if not rest.startswith("//"):
         raise UsageError(f"{what} {text!r} is no URL.", hint=f"Did you mean {protocol}:/{rest}?")
-    path = re.sub("/+", "/", rest[2:]).rstrip("/")
+    path = rest[2:].rstrip("/")
+    if "//" in path.lstrip("/"):
+        raise UsageError(f"{what} {text!r} has '//' in it.", hint="Write one slash.")
     if protocol != "memory" and not path.strip("/"):
         raise UsageError(f"{what} {text!r} names no bucket or path.", hint=f"Write {protocol}://bucket/path.")
     if any(part in (".", "..") for part in path.split("/")):

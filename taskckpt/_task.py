@@ -173,7 +173,8 @@ class _Call:
         self._key = _key_of(spec, args, kwargs)
         self._task = self._key or identity_of(function, args, kwargs)
         if self._key is None and self._parent is not None:
-            self._task += f" in {self._parent.task}"
+            outer = self._parent
+            self._task += f" in key {outer.key!r}" if outer.key is not None else f" in {outer.task}"
         self._attempts = 0
 
     def run(self) -> Any:
@@ -184,6 +185,7 @@ class _Call:
     def _attempt(self) -> Any:
         with context.running(self._next()) as current:
             result = self._function()
+            _expect_finished(result)
             if self._clears():
                 with _telling_only(current):
                     current.checkpoint.clear_sync()
@@ -259,6 +261,19 @@ class _telling_only:  # noqa: N801 - reads as a verb, like contextlib.suppress
             error,
         )
         return True
+
+
+def _expect_finished(result: object) -> None:
+    """Behind a plain wrapper, an async function or a generator has not even begun when it returns."""
+    if not inspect.isawaitable(result) and not inspect.isgenerator(result) and not inspect.isasyncgen(result):
+        return
+    close = getattr(result, "close", None)
+    if close is not None:
+        close()
+    raise UsageTypeError(
+        f"The task gave a {type(result).__name__}: it has not run yet.",
+        hint="Put @task next to the async function, below other decorators; generators cannot be tasks.",
+    )
 
 
 def _key_of(spec: _Spec, args: Any, kwargs: Any) -> str | None:

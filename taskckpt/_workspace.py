@@ -97,12 +97,13 @@ def remove_tree(path: str) -> None:
             if locked == path or locked.startswith(f"{path}/"):
                 with contextlib.suppress(OSError):
                     os.chmod(locked, stat.S_IRWXU)
-        with contextlib.suppress(OSError):
-            function(failed)
+        if function in (os.unlink, os.rmdir):
+            with contextlib.suppress(OSError):
+                function(failed)
 
     shutil.rmtree(path, onerror=retry)
-    if os.path.isdir(path):
-        shutil.rmtree(path, ignore_errors=True)
+    if os.path.isdir(path):  # a folder that could not be opened then can be now
+        shutil.rmtree(path, onerror=retry)
 
 
 def restore_fresh(fill: Fill) -> str:
@@ -216,12 +217,12 @@ def _staging_beside(target: str) -> str:
 
 def _swap(staging: str, target: str) -> None:
     old = f"{staging}-old"
-    if os.path.lexists(target):
-        os.rename(target, old)
     try:
+        if os.path.lexists(target):
+            os.rename(target, old)
         os.rename(staging, target)
     except BaseException:
-        if os.path.lexists(old):
+        if os.path.lexists(old) and not os.path.lexists(target):
             os.rename(old, target)
         raise
     if os.path.lexists(old):

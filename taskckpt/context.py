@@ -18,7 +18,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from taskckpt import engines
@@ -40,6 +40,8 @@ MADE_UP = "made up"
 BASE, RUN, TASK, ATTEMPT, KEY, KEEP = (f"TASKCKPT_{n}" for n in ("BASE", "RUN", "TASK", "ATTEMPT", "KEY", "KEEP"))
 # Claims of this process, as "<digest of task and attempt>:<nonce>": a child of the same attempt joins.
 CLAIMS = "TASKCKPT_CLAIMS"
+# An environment has room for so many, and a process rarely more than one.
+MOST_CLAIMS = 256
 # Set instead of a task where several ran at once, and a child could belong to any of them.
 AMBIGUOUS = "TASKCKPT_AMBIGUOUS"
 _HANDED_DOWN = (BASE, RUN, TASK, ATTEMPT, KEY, KEEP, CLAIMS, AMBIGUOUS)
@@ -77,6 +79,8 @@ class TaskContext:
     timeout_s: float = 300
     parent: TaskContext | None = field(default=None, repr=False)
     _handed_nonce: str | None = field(default=None, repr=False)
+    _of_process: bool = field(default=False, repr=False)
+    _within: str = field(default="", repr=False)
     _made_in: int = field(default_factory=os.getpid, repr=False)
 
     @property
@@ -107,6 +111,7 @@ class TaskContext:
             claim_nonce=self._nonce,
             inherited=self._handed_nonce is not None or self._made_in != os.getpid(),
             about={"run": self.run, "task": self.task, "attempt": self.attempt},
+            on_hold=partial(_hand_down_claim, self) if self._of_process else None,
         )
 
     def environ(self) -> dict[str, str]:
@@ -146,6 +151,7 @@ class _Process:
         self.environ_before: dict[str, str] | None = None
         self.implicit_base: str | None = None
         self.contexts: dict[tuple[str, ...], TaskContext] = {}
+        self.claims: dict[str, str] = {}
         self.heard_parent_in = 0
 
 
@@ -263,7 +269,9 @@ def _keyed(key: str) -> TaskContext:
         return current
     # Inside a task, where its children would look too: its environment tells them the same base.
     origins = {**current.origins, "task": "key=", "attempt": "unknown"}
-    return _once(replace(current, task=key, attempt=None, key=key, origins=origins, parent=None, _handed_nonce=None))
+    keyed = replace(current, task=key, attempt=None, key=key, origins=origins, parent=None, _handed_nonce=None)
+    # Each attempt of the task around it is an attempt of its own.
+    return _once(replace(keyed, _within=current._nonce))  # noqa: SLF001
 
 
 def _origins(more: Mapping[str, str]) -> dict[str, str]:
@@ -348,12 +356,11 @@ def _of_process() -> TaskContext | None:
 def _once(context: TaskContext) -> TaskContext:
     """The same context for the same task all through this process; its children join its claim."""
     with _process.lock:
-        identity = (str(context.place), str(context.attempt))
+        identity = (str(context.place), str(context.attempt), context._within)  # noqa: SLF001
         known = _process.contexts.get(identity)
         if known is None:
-            known = replace(context, _handed_nonce=_handed_nonce(context))
+            known = replace(context, _handed_nonce=_handed_nonce(context), _of_process=True)
             _process.contexts[identity] = known
-            _hand_down_claim(known)
         return known
 
 
@@ -367,7 +374,14 @@ def _handed_nonce(context: TaskContext) -> str | None:
 
 
 def _hand_down_claim(context: TaskContext) -> None:
-    os.environ[CLAIMS] = _claims(context)
+    """Once this process has the task, its children join it. Whoever only looks hands nothing down: a launcher
+    that looked would make one attempt of all those that it starts.
+    """
+    with _process.lock:
+        _process.claims[_digest(context)] = context._nonce  # noqa: SLF001
+        while len(_process.claims) > MOST_CLAIMS:
+            del _process.claims[next(iter(_process.claims))]
+    os.environ[CLAIMS] = _claims()
 
 
 def _parsed_claims() -> dict[str, str]:
@@ -379,7 +393,7 @@ def _claims(*more: TaskContext) -> str:
     """All claims of this process and of its parents, for children: they join what they find here."""
     with _process.lock:
         running = [one.context for one in _process.running.values()]
-        own = {_digest(one): one._nonce for one in (*_process.contexts.values(), *running, *more)}  # noqa: SLF001
+        own = _process.claims | {_digest(one): one._nonce for one in (*running, *more)}  # noqa: SLF001
     return " ".join(f"{digest}:{nonce}" for digest, nonce in (_parsed_claims() | own).items())
 
 
@@ -412,6 +426,8 @@ def running(context: TaskContext) -> Generator[TaskContext]:
         yield context
     finally:
         _current.reset(token)
+        if "checkpoint" in vars(context):  # made when it was first asked for
+            context.checkpoint._end()  # noqa: SLF001
         with _process.lock:
             del _process.running[id(context)]
             _export()

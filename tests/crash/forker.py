@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import taskckpt
 from tests.crash import contents, interruption
 from tests.crash.interruption import Interruption
 
@@ -102,6 +103,7 @@ def forker(*imports: str) -> Iterator[Forker]:
 
 
 def main() -> None:
+    assert taskckpt.Checkpoint  # imported now, not in each child
     gc.freeze()  # or each collection in a child would copy all of our memory
     jobs = sys.stdin.buffer
     with os.fdopen(os.dup(1), "wb") as outcomes, contextlib.suppress(EOFError):

@@ -121,11 +121,10 @@ class Oracle:
         for number, one in enumerate(self.history):
             if one.label == label and not one.damaged:
                 one.certain = True
-                del self.history[:number]
-                if label is None:
-                    del self.history[1:]
+                above = [other for other in self.history[:number] if other.damaged]
+                self.history = above + self.history[number : None if label else number + 1]
                 return
             if one.certain and not one.damaged:
                 raise AssertionError(f"{label} was loaded, past {one}")
         assert label is NOTHING
-        self.history.clear()
+        self.history = [one for one in self.history if one.damaged]

@@ -115,7 +115,8 @@ def expect_no_lie(told: dict[int, Story], ended: dict[int, int], final: str | No
             if older.loaded < story.loading:
                 late = [label for label in older.saved if older.saving[label] > story.loaded]
                 assert not late, f"{late} were acknowledged although {pid} had the task"
-        assert story.stale == (ended[pid] == STALE)
+        assert story.stale or ended[pid] != STALE
+        assert not story.stale or ended[pid] in (STALE, -signal.SIGKILL)  # killed on its way out
     expect_newest(final, NEVER - 1)
     owner = max(told, key=lambda pid: told[pid].loaded if told[pid].loaded < NEVER else 0)
     if ended[owner] == 0:
