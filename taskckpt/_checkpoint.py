@@ -11,9 +11,18 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from taskckpt import _payload, _workspace
+from taskckpt._arguments import (
+    SourceKind,
+    Target,
+    as_sources,
+    checked_keep,
+    checked_kind,
+    checked_options,
+    checked_timeout,
+)
 from taskckpt._chain import Chain, Loadable, Origin
 from taskckpt._foreign import ForeignObject
 from taskckpt._layout import keyed_prefix, task_prefix
@@ -28,7 +37,6 @@ from taskckpt.errors import (
     SourceChangedError,
     StaleAttemptError,
     UsageError,
-    UsageTypeError,
 )
 
 if TYPE_CHECKING:
@@ -37,8 +45,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("taskckpt")
 
 T = TypeVar("T")
-Target = str | os.PathLike[str]
-SourceKind = Literal["auto", "bytes", "folder"]
 
 # A folder that changes while it is read is read again this often.
 SAVE_TRIES = 3
@@ -85,12 +91,12 @@ class Checkpoint:
     ) -> None:
         self._setup(
             parse(dest),
-            tuple(parse(one, what="src") for one in _as_sources(src) if not is_unset(one)),
-            keep=_checked_keep(keep),
-            storage_options=_checked_options(storage_options),
-            timeout_s=_checked_timeout(timeout_s),
+            tuple(parse(one, what="src") for one in as_sources(src) if not is_unset(one)),
+            keep=checked_keep(keep),
+            storage_options=checked_options(storage_options),
+            timeout_s=checked_timeout(timeout_s),
             read_only=read_only,
-            src_kind=_checked_kind(src_kind),
+            src_kind=checked_kind(src_kind),
         )
 
     def _setup(
@@ -143,9 +149,9 @@ class Checkpoint:
         self._setup(
             dest,
             (),
-            keep=_checked_keep(keep),
+            keep=checked_keep(keep),
             storage_options=storage_options,
-            timeout_s=_checked_timeout(timeout_s),
+            timeout_s=checked_timeout(timeout_s),
             claim_nonce=claim_nonce,
             about=about,
         )
@@ -196,7 +202,7 @@ class Checkpoint:
             parse(base_uri, what="base").child(prefix),
             (),
             storage_options=dict(storage_options or {}),
-            timeout_s=_checked_timeout(timeout_s),
+            timeout_s=checked_timeout(timeout_s),
             read_only=True,
         )
         self._expect_known(parse(base_uri, what="base").child(prefix.partition("/")[0]), prefix.rpartition("/")[2])
@@ -580,40 +586,6 @@ def _described(where: Origin, found: Loadable) -> str:
     return (
         f"slot {found.stamp.slot} of {where.store.uri} ({found.content.kind}, {size} bytes, saved {found.stamp.time})"
     )
-
-
-def _as_sources(src: Target | Sequence[Target] | None) -> Sequence[Target]:
-    if src is None:
-        return ()
-    if isinstance(src, (str, os.PathLike)):
-        return (src,)
-    if isinstance(src, Sequence) and not isinstance(src, (bytes, bytearray, memoryview)):
-        return src
-    raise UsageTypeError(f"src must be a str, a Path or a sequence of them, not {type(src).__name__}.")
-
-
-def _checked_options(storage_options: Mapping[str, Any] | None) -> dict[str, Any]:
-    if storage_options is not None and not isinstance(storage_options, Mapping):
-        raise UsageTypeError(f"storage_options must be a dict, not {type(storage_options).__name__}.")
-    return dict(storage_options or {})
-
-
-def _checked_keep(keep: int | None) -> int | None:
-    if keep is None or (isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1):
-        return keep
-    raise UsageError(f"keep={keep!r} must be at least 1, or None to keep all.")
-
-
-def _checked_timeout(timeout_s: float) -> float:
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
-        raise UsageError(f"timeout_s={timeout_s!r} must be a number of seconds above 0.")
-    return float(timeout_s)
-
-
-def _checked_kind(kind: str) -> SourceKind:
-    if kind in ("auto", "bytes", "folder"):
-        return kind  # type: ignore[return-value]
-    raise UsageError(f"src_kind={kind!r} must be 'auto', 'bytes' or 'folder'.")
 
 
 def _nearest(name: str, names: Sequence[str]) -> Sequence[str]:

@@ -25,7 +25,7 @@ from taskckpt.errors import (
 if TYPE_CHECKING:
     from tenacity import RetryCallState
 
-    from taskckpt._checkpoint import Target
+    from taskckpt._arguments import Target
 
 logger = logging.getLogger("taskckpt")
 

@@ -28,7 +28,8 @@ from taskckpt._store import Location, is_unset, parse
 from taskckpt.errors import AmbiguousIdentityError, NoTaskContextError, UsageError
 
 if TYPE_CHECKING:
-    from taskckpt._checkpoint import Checkpoint, Target
+    from taskckpt._arguments import Target
+    from taskckpt._checkpoint import Checkpoint
 
 logger = logging.getLogger("taskckpt")
 

@@ -9,6 +9,7 @@ import hypothesis
 import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
 
+from taskckpt import context
 from taskckpt.errors import MissingDependencyError
 from tests.servers import START, Address, OwnServers, Servers, SharedServers
 
@@ -123,6 +124,8 @@ def s3_bucket(s3_server: S3Server, new_bucket: Callable[[S3Server], str]) -> str
 @pytest.fixture(autouse=True)
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    os.umask(0o022)
+    context._process.claims.clear()
     for name in os.environ:
         if name.startswith(("AWS_", "TASKCKPT_")):
             monkeypatch.delenv(name)

@@ -83,7 +83,8 @@ def _newest_in(place: Path, problems: list[str]) -> tuple[Found | None, bool, li
                     return None, True, []
                 if record["kind"] != "commit":
                     sources += record.get("continues_from", [])
-                    pending |= {record["head"], *record["unreadable"]} - {None} - done
+                    claim = {record["claim"]["slot"]} if record["kind"] == "join" else set()
+                    pending |= ({record["head"], *record["unreadable"]} | claim) - {None} - done
                     continue
                 newest = newest or record
                 if not _retains(newest, slot):
@@ -94,7 +95,8 @@ def _newest_in(place: Path, problems: list[str]) -> tuple[Found | None, bool, li
             except CorruptError as error:
                 if isinstance(error, CorruptRecordError):
                     pending |= {max((s for s in names if s < slot), default=0)} - {0}
-                if slot > 1:  # the first slot always holds a claim: no checkpoint is lost with it
+                # The first slot always holds a claim; one that was never finished names no source either.
+                if slot > 1 or (place / "log" / names[slot][0]).read_bytes().endswith(b"}\n"):
                     problems.append(str(error))
     for slot in sorted(names, reverse=True)[:64] if len(problems) > before and not sources else ():
         with contextlib.suppress(CorruptError):

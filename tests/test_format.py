@@ -325,11 +325,19 @@ def test_a_clear_ends_the_way_to_the_sources(tmp_path: Path) -> None:
     assert both_read(place) is None
 
 
-def test_a_damaged_first_record_is_no_lost_checkpoint(tmp_path: Path) -> None:
+def test_a_torn_first_record_is_no_lost_checkpoint(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    assert Checkpoint(place).load_sync() is None
+    record = min((place / "log").iterdir())
+    record.write_bytes(record.read_bytes()[:-20])
+    assert both_read(place) is None
+
+
+def test_a_damaged_first_record_may_have_named_a_source(tmp_path: Path) -> None:
     place = tmp_path / "place"
     assert Checkpoint(place).load_sync() is None
     flip(min((place / "log").iterdir()), random.Random(0))
-    assert both_read(place) is None
+    assert both_say(place, tmp_path / "scratch") == "corrupt"
 
 
 # --- what a reader must refuse, and what it must pass over

@@ -125,9 +125,7 @@ def test_a_server_does_not_outlive_an_owner_that_was_killed():
         "    print(server.pid, flush=True)\n"
         "    input()\n"
     )
-    owner = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    owner = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with owner:
         assert owner.stdout
         pid = int(owner.stdout.readline())

@@ -125,7 +125,7 @@ def test_chunks_of_other_item_sizes_count_by_their_bytes() -> None:
 
 
 def workers() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("taskckpt")]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("taskckpt_")]
 
 
 def test_an_early_end_leaves_no_thread() -> None:

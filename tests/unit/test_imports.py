@@ -22,7 +22,7 @@ LAYERS = [
     *("_task", "latest", "context", "_checkpoint"),
     *("_bridge", "_workspace", "_chain", "_payload", "_log"),
     *("_foreign", "_extract", "_archive", "_gzip", "_tar"),
-    *("_retention", "_history", "_identity", "engines", "_records"),
+    *("_retention", "_history", "_identity", "engines", "_records", "_arguments"),
     *("_s3", "_fsspec", "_local", "_layout", "_store"),
     *("_operation", "_testing", "errors"),
 ]

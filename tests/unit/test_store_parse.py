@@ -53,18 +53,17 @@ def test_relative_places_are_those_of_now(tmp_path, monkeypatch):
         assert parse(text) == Location("file", str(tmp_path / "a/b"))
     monkeypatch.setenv("HOME", "/home/somebody")
     assert parse("~/a") == parse(Path("~/a")) == Location("file", "/home/somebody/a")
-    # In a Path, nothing is a URL or blank: it is what the disk has.
-    assert parse(Path("s3:/a")) == Location("file", str(tmp_path / "s3:/a"))
+    # In a Path, nothing is blank: it is what the disk has.
     assert parse(Path(" a ")) == Location("file", str(tmp_path / " a "))
     assert parse("C:a") == Location("file", str(tmp_path / "C:a"))
-    assert parse("a:b/c") == Location("file", str(tmp_path / "a:b/c"))
+    assert parse("a:b/c") == parse(Path("a:b/c")) == Location("file", str(tmp_path / "a:b/c"))
 
 
 @pytest.mark.parametrize(
     ("text", "protocol", "path"),
     [
         ("s3://bucket/a/b", "s3", "bucket/a/b"),
-        ("s3://bucket/a//b/", "s3", "bucket/a/b"),
+        ("s3://bucket/a/b//", "s3", "bucket/a/b"),
         ("s3a://bucket/a", "s3a", "bucket/a"),
         ("S3://Bucket/A", "s3", "Bucket/A"),
         ("s3://bucket", "s3", "bucket"),
@@ -110,6 +109,7 @@ def test_children():
         ("gs:/bucket", "gs://bucket"),
         ("s3://", "bucket"),
         ("s3:///", "bucket"),
+        ("s3://bucket/a//b", "//"),
         ("s3://bucket/../a", r"'\.\.'"),
         ("s3://bucket/./a", r"'\.'"),
         ("simplecache::s3://bucket/a", "Chained"),
@@ -126,6 +126,12 @@ def test_what_is_no_place(text, words):
             parse(text, what=what)
         assert what in str(caught.value)
         assert caught.value.hint
+
+
+def test_a_path_made_of_a_url_has_lost_a_slash():
+    for url in ("s3://bucket/a", "memory://a"):
+        with pytest.raises(UsageError, match="as a str"):
+            parse(Path(url))
 
 
 @pytest.mark.parametrize("target", [None, 7, b"/a", bytearray(b"a"), ["a"], ("a",), object(), 1.5, True])
@@ -184,7 +190,8 @@ def missing(monkeypatch, *modules):
 
     for module in modules:
         monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(sys.modules["fsspec.registry"], "_registry", {})
+    for protocol in ("s3", "gs", "az"):  # what was found before is remembered
+        monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, protocol, raising=False)
 
 
 @pytest.mark.parametrize(("url", "package"), [("gs://bucket/a", "gcsfs"), ("az://bucket/a", "adlfs")])

@@ -589,7 +589,7 @@ def test_what_has_no_stable_name_needs_a_key():
 # --- closures ----------------------------------------------------------------------------------
 
 
-def test_closures_in_a_loop_are_ambiguous_one_after_another():
+def test_closures_in_a_loop_are_tasks_of_their_own():
     results = []
 
     def main():
@@ -597,29 +597,31 @@ def test_closures_in_a_loop_are_ambiguous_one_after_another():
 
             @task
             def work():
-                results.append(number)  # noqa: B023 - that is what users do
+                cp = checkpoint()
+                results.append((number, cp.load_bytes_sync()))  # noqa: B023 - that is what users do
+                cp.save_sync(b"%d" % number)  # noqa: B023
+                raise RuntimeError
 
-            work()
+            with pytest.raises(RuntimeError):
+                work()
 
-    with pytest.raises(AmbiguousIdentityError, match="work") as info:
+    with instant_retries():
         main()
-    assert results == [0]
-    assert "key=" in str(info.value.hint)
+    assert results == [(n, saved) for n in range(3) for saved in [None] + [b"%d" % n] * 3]
 
 
-def test_closures_in_a_loop_are_ambiguous_all_at_once():
+def test_closures_over_constants_are_told_apart_in_every_process():
     def make(number):
         @task
         def work():
-            return number
+            current = ctx()
+            assert current
+            return number, current.task
 
         return work
 
-    one, two = make(1), make(2)
-    assert one() == 1
-    with pytest.raises(AmbiguousIdentityError):
-        two()
-    assert one() == 1, "the first goes on"
+    one, two, again = make(1), make(2), make(1)
+    assert one() == again() != two()
 
 
 def test_closures_over_objects_are_ambiguous_while_both_live():
