@@ -79,7 +79,7 @@ def task(function: Callable[..., Any] | None = None, /, **options: Any) -> Any: 
         UsageError: At the call: an argument is no plain value, or the function has no stable name; pass ``key=``.
         The function's own exception, once retries are exhausted: the state stays.
     """
-    if function is not None and not callable(function):
+    if function is not None and not callable(function) and not isinstance(function, classmethod):
         raise UsageTypeError("task decorates a function; its options have names: @task(retries=3).")
     try:
         spec = _Spec(**options)

@@ -152,7 +152,8 @@ class _Process:
         self.environ_before: dict[str, str] | None = None
         self.implicit_base: str | None = None
         self.contexts: dict[tuple[str, ...], TaskContext] = {}
-        self.claims: dict[str, str] = {}
+        self.claims: dict[str, TaskContext] = {}
+        self.own_nonces: set[str] = set()
         self.heard_parent_in = 0
 
 
@@ -379,23 +380,29 @@ def _hand_down_claim(context: TaskContext) -> None:
     that looked would make one attempt of all those that it starts.
     """
     with _process.lock:
-        _process.claims[_digest(context)] = context._nonce  # noqa: SLF001
+        if context._handed_nonce is None:  # noqa: SLF001
+            _process.own_nonces.add(context._nonce)  # noqa: SLF001
+        _process.claims.pop(_digest(context), None)
+        _process.claims[_digest(context)] = context
         while len(_process.claims) > MOST_CLAIMS:
             del _process.claims[next(iter(_process.claims))]
-    os.environ[CLAIMS] = _claims()
+        os.environ[CLAIMS] = _claims()
 
 
 def _parsed_claims() -> dict[str, str]:
-    parts = _own_environ().get(CLAIMS, "").split()
-    return {digest: nonce for digest, _, nonce in (part.partition(":") for part in parts)}
+    """What the parents of this process handed down, without what it put there itself."""
+    parts = [part.partition(":") for part in _own_environ().get(CLAIMS, "").split()]
+    return {digest: nonce for digest, _, nonce in parts if nonce not in _process.own_nonces}
 
 
 def _claims(*more: TaskContext) -> str:
-    """All claims of this process and of its parents, for children: they join what they find here."""
+    """The newest claims of this process and of its parents, for children: they join what they find here."""
     with _process.lock:
         running = [one.context for one in _process.running.values()]
-        own = _process.claims | {_digest(one): one._nonce for one in (*running, *more)}  # noqa: SLF001
-    return " ".join(f"{digest}:{nonce}" for digest, nonce in (_parsed_claims() | own).items())
+        held = [*_process.claims.items(), *((_digest(one), one) for one in (*running, *more))]
+        own = {digest: one._nonce for digest, one in held}  # noqa: SLF001
+        handed = {digest: nonce for digest, nonce in _parsed_claims().items() if digest not in own}
+    return " ".join([f"{digest}:{nonce}" for digest, nonce in (handed | own).items()][-MOST_CLAIMS:])
 
 
 def _attempt_from(environ: Mapping[str, str]) -> int:
@@ -431,6 +438,9 @@ def running(context: TaskContext) -> Generator[TaskContext]:
             context.checkpoint._end()  # noqa: SLF001
         with _process.lock:
             del _process.running[id(context)]
+            # A key that was used in this attempt: the children of the next one must not join it.
+            within = context._nonce  # noqa: SLF001
+            _process.claims = {d: one for d, one in _process.claims.items() if one._within != within}  # noqa: SLF001
             _export()
 
 

@@ -440,7 +440,10 @@ def test_a_script_is_named_by_its_path(script, tmp_path):
     relative = [sys.executable, "script.py"]
     assert run(command=relative) == expected
     (tmp_path / "link.py").symlink_to("script.py")
-    assert run(command=[sys.executable, "link.py"]) == expected
+    # One file may be several programs, told apart by the names of links to it.
+    assert run(command=[sys.executable, "link.py"]) == [{"task": f"work(x=1) @ {tmp_path / 'link.py'}"}]
+    (tmp_path / "folder").symlink_to(".")
+    assert run(command=[sys.executable, "folder/script.py"]) == expected
 
 
 def test_a_module_is_named_by_its_name(script):

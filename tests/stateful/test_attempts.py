@@ -29,7 +29,7 @@ def test_attempts_faults_crashes_and_rot(tmp_path: Path, monkeypatch: pytest.Mon
     run_state_machine_as_test(
         lambda: machine.Attempts(kind, tmp_path / "walk"),  # type: ignore[arg-type] # it is called, and no more
         settings=hypothesis.settings(
-            max_examples=int(WALKS or {"local": 40, "memory": 150}[kind]),
+            max_examples=int(WALKS or {"local": 100, "memory": 80}[kind]),
             stateful_step_count=40,
             derandomize=WALKS is None,
             database=None,
