@@ -272,8 +272,9 @@ def _keyed(key: str) -> TaskContext:
     # Inside a task, where its children would look too: its environment tells them the same base.
     origins = {**current.origins, "task": "key=", "attempt": "unknown"}
     keyed = replace(current, task=key, attempt=None, key=key, origins=origins, parent=None, _handed_nonce=None)
-    # Each attempt of the task around it is an attempt of its own.
-    return _once(replace(keyed, _within=current._nonce))  # noqa: SLF001
+    # Used outside of any task before, it is this process's attempt; else each attempt of the task makes one.
+    outside = _process.contexts.get(_which(keyed))
+    return outside or _once(replace(keyed, _within=current._nonce))  # noqa: SLF001
 
 
 def _origins(more: Mapping[str, str]) -> dict[str, str]:
@@ -358,12 +359,16 @@ def _of_process() -> TaskContext | None:
 def _once(context: TaskContext) -> TaskContext:
     """The same context for the same task all through this process; its children join its claim."""
     with _process.lock:
-        identity = (str(context.place), str(context.attempt), context._within)  # noqa: SLF001
+        identity = _which(context)
         known = _process.contexts.get(identity)
         if known is None:
             known = replace(context, _handed_nonce=_handed_nonce(context), _of_process=True)
             _process.contexts[identity] = known
         return known
+
+
+def _which(context: TaskContext) -> tuple[str, ...]:
+    return str(context.place), str(context.attempt), context._within  # noqa: SLF001
 
 
 def _digest(context: TaskContext) -> str:

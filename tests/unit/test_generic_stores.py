@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -25,11 +26,14 @@ from taskckpt.errors import (
 )
 from taskckpt.testing import instant_retries
 
-FAULTS = [(ConnectionResetError("peer"), UnavailableError), (PermissionError("no"), DeniedError)]
+FAULTS: list[tuple[Exception, type[Exception]]] = [
+    (ConnectionResetError("peer"), UnavailableError),
+    (PermissionError("no"), DeniedError),
+]
 FAULTS += [(TimeoutError("slow"), UnavailableError), (RuntimeError("odd"), UnavailableError)]
 
 
-class Remote(LocalFileSystem):
+class Remote(LocalFileSystem):  # type: ignore[misc]
     """A folder behind what fsspec gives to a file system that has only the basic verbs (sftp, smb, webhdfs, ...)."""
 
     protocol = "remote"
@@ -159,7 +163,7 @@ class Overwriting(LocalStore):
 
     exclusive: bool | None = None
     created: list[str]
-    before_join = None
+    before_join: Callable[[], None] | None = None
 
     def create(self, key, data, stop):
         if Overwriting.before_join is not None and b'"join"' in data:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -190,12 +191,12 @@ def test_text_that_json_would_mix_up():
 
 
 def test_what_cannot_be_written_out_needs_a_key():
-    itself: list = []
+    itself: list[object] = []
     itself.append(itself)
-    deep: list = []
+    deep: Any = []
     for _ in range(100_000):
         deep = [deep]
-    mutual: dict = {}
+    mutual: dict[str, object] = {}
     mutual["x"] = {"y": mutual}
     for value in (10**5000, -(10**5000), [10**5000], itself, deep, mutual):
         with pytest.raises(UsageError, match="key="):

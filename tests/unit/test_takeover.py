@@ -146,7 +146,7 @@ def test_claims_of_parents_stay_where_there_is_room(monkeypatch):
 @pytest.mark.parametrize("key", [None, "my-key"])
 @pytest.mark.parametrize("first_call", ["load", "save"])
 def test_a_thread_left_by_the_attempt_before_is_stale(key, first_call):
-    left = []
+    left: list[Checkpoint] = []
 
     @task(retries=2, wait_initial_s=0, run="r")
     def work():
