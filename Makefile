@@ -16,7 +16,7 @@ ARGS ?=
 TORCH ?= yes
 SOURCES := taskckpt tests $(wildcard examples benchmarks)
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo
@@ -34,9 +34,6 @@ check: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
-
-bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/run.py
 
 clean:
 	rm -rf $(VENV) dist build .hypothesis .mypy_cache .pytest_cache .ruff_cache .taskckpt

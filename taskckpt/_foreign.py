@@ -9,7 +9,8 @@ import bz2
 import itertools
 import lzma
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,7 +71,7 @@ def look(store: Store, src_kind: str, stop: Stop) -> ForeignObject | None:
     return ForeignObject(store.uri, size, "folder", compression) if is_tar else ForeignObject(store.uri, size, "bytes")
 
 
-def chunks_of(store: Store, foreign: ForeignObject, stop: Stop) -> Iterator[bytes]:
+def chunks_of(store: Store, foreign: ForeignObject, stop: Stop) -> Generator[bytes]:
     """The object's bytes; a wrong count is all that can be noticed, since nobody recorded a digest."""
     size = 0
     for chunk in store.stream("", foreign.size_bytes, stop):
@@ -85,10 +86,11 @@ def restore_folder(store: Store, foreign: ForeignObject, folder: str, stop: Stop
     with translating(folder):
         room = max(shutil.disk_usage(folder).free - SPARE_DISK_BYTES, 0)
     limits = _extract.Limits(bytes=room, entries=MAX_ENTRIES)
-    tar = _DECOMPRESS[foreign.compression](chunks_of(store, foreign, stop), foreign.uri)
-    _extract.extract(tar, Path(folder), limits, foreign=True)
-    for _ in tar:
-        pass
+    with closing(chunks_of(store, foreign, stop)) as chunks:
+        tar = _DECOMPRESS[foreign.compression](chunks, foreign.uri)
+        _extract.extract(tar, Path(folder), limits, foreign=True)
+        for _ in tar:
+            pass
 
 
 def _compression_of(head: bytes) -> str | None:

@@ -24,7 +24,7 @@ import functools
 import logging
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -91,7 +91,7 @@ def _codec() -> _Codec:
     )
 
 
-def compress(chunks: Iterable[bytes | memoryview], *, level: int = 1, threads: int = 2) -> Iterator[bytes]:
+def compress(chunks: Iterable[bytes | memoryview], *, level: int = 1, threads: int = 2) -> Generator[bytes]:
     """Gzip a stream: whole members, in order, compressed by ``threads`` threads.
 
     At most ``threads + 2`` blocks of 4 MiB and their members are in memory. A chunk is copied before the next is asked

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -182,8 +183,10 @@ def upload(store: Store, source: Source, key_for: Callable[[str], str], stop: St
     key = key_for(source.suffix)
     chunks = content.through(source.chunks())
     if source.kind == "folder":
-        chunks = stored.through(_gzip.compress(chunks))
-    store.write(key, chunks, source.size_hint, stop)
+        with closing(_gzip.compress(chunks)) as compressed:
+            store.write(key, stored.through(compressed), source.size_hint, stop)
+    else:
+        store.write(key, chunks, source.size_hint, stop)
     digest = content.digest()
     described = Content(source.kind, digest, source.name, source.mode, source.mtime_ns, source.entries)
     return described, Stored(stored.digest() if source.kind == "folder" else digest, key=key)
@@ -192,8 +195,11 @@ def upload(store: Store, source: Source, key_for: Callable[[str], str], stop: St
 # --- back --------------------------------------------------------------------------------------
 
 
-def stored_chunks(store: Store, commit: Commit, stop: Stop) -> Iterator[bytes | memoryview]:
+def stored_chunks(store: Store, commit: Commit, stop: Stop) -> Generator[bytes | memoryview]:
     """The stored bytes; a wrong size or digest is noticed at the end, so nothing may be used before that.
+
+    Whoever may stop early closes it: threads read ahead, and the garbage collector cannot safely wait for
+    their end (it runs anywhere, even where a thread is being started).
 
     Raises:
         NotFoundError: The payload is gone.
@@ -225,12 +231,12 @@ def _expect(meter: _Meter, digest: Digest, uri: str) -> None:
 
 def restore(store: Store, commit: Commit, folder: str, name: str, stop: Stop) -> None:
     """Restores a checkpoint into an empty private folder: a tree as it was, anything else as file ``name``."""
-    chunks = stored_chunks(store, commit, stop)
-    if commit.content.kind == "folder":
-        _restore_folder(chunks, commit, folder, f"{store.uri}/{commit.stored.key}")
-        return
-    path = os.path.join(folder, name)
-    _write(path, chunks)
+    with closing(stored_chunks(store, commit, stop)) as chunks:
+        if commit.content.kind == "folder":
+            _restore_folder(chunks, commit, folder, f"{store.uri}/{commit.stored.key}")
+            return
+        path = os.path.join(folder, name)
+        _write(path, chunks)
     with translating(path):
         if commit.content.mode is not None:
             os.chmod(path, commit.content.mode & 0o777)
@@ -251,7 +257,8 @@ def restore_foreign(store: Store, foreign: ForeignObject, folder: str, name: str
     if foreign.kind == "folder":
         _foreign.restore_folder(store, foreign, folder, stop)
     else:
-        _write(os.path.join(folder, name), _foreign.chunks_of(store, foreign, stop))
+        with closing(_foreign.chunks_of(store, foreign, stop)) as chunks:
+            _write(os.path.join(folder, name), chunks)
 
 
 def _restore_folder(chunks: Iterator[bytes | memoryview], commit: Commit, folder: str, uri: str) -> None:

@@ -123,7 +123,7 @@ class Attempts(RuleBasedStateMachine):
         if self.fault is None:
             return
         left, how = self.fault
-        if not how.endswith(when):
+        if not how.endswith((when, f"{when} {verb}")):
             return
         self.fault = (left - 1, how)
         if left > 0:
@@ -196,6 +196,17 @@ class Attempts(RuleBasedStateMachine):
             self.save(process, kind)
         for _ in kinds[1:]:
             self.rot("flip")
+        self.look()
+
+    @rule(process=processes, kind=st.sampled_from(["large", "folder"]), lands=st.booleans())
+    def save_again_after_a_lost_reply(self, process: Process, kind: str, *, lands: bool) -> None:
+        self.save(process, "large")
+        self.fault = (0, "lost after create" if lands else "lost before create")
+        self.save(process, kind)
+        self.fault = None
+        self.look()  # and so it is known whether it landed
+        self.save(process, "large")
+        self.rot("flip")
         self.look()
 
     @precondition(lambda self: self.families < MOST_ATTEMPTS)

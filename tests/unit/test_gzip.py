@@ -136,7 +136,7 @@ def test_an_early_end_leaves_no_thread() -> None:
     members = _gzip.compress(chunks())
     next(members)
     assert workers()
-    members.close()  # type: ignore[attr-defined]
+    members.close()
     assert not workers()
 
 
