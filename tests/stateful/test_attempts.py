@@ -18,7 +18,7 @@ from tests.stateful import machine
 WALKS = os.environ.get("TASKCKPT_STATEFUL")
 
 
-@pytest.mark.timeout(40 if WALKS is None else 40 + int(WALKS))
+@pytest.mark.timeout(150 if WALKS is None else 150 + 2 * int(WALKS))
 @pytest.mark.filterwarnings("ignore:memory... lives in this process only")
 @pytest.mark.parametrize("kind", ["local", "memory"])
 def test_attempts_faults_crashes_and_rot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
@@ -29,7 +29,7 @@ def test_attempts_faults_crashes_and_rot(tmp_path: Path, monkeypatch: pytest.Mon
     run_state_machine_as_test(
         lambda: machine.Attempts(kind, tmp_path / "walk"),  # type: ignore[arg-type] # it is called, and no more
         settings=hypothesis.settings(
-            max_examples=int(WALKS or {"local": 100, "memory": 80}[kind]),
+            max_examples=int(WALKS or {"local": 15, "memory": 25}[kind]),
             stateful_step_count=40,
             derandomize=WALKS is None,
             database=None,
