@@ -14,7 +14,7 @@ from tests.model.worlds import FULL, SAFE, shallow_fenced, slow_listing, world_o
 
 NEEDS_FULL = pytest.mark.skipif(
     os.environ.get("TASKCKPT_MODEL") != "full",
-    reason="larger worlds of the protocol model: set TASKCKPT_MODEL=full (about four minutes, 1.1 GiB of memory)",
+    reason="larger worlds of the protocol model: set TASKCKPT_MODEL=full (about five minutes, 1 GiB of memory)",
 )
 # What must happen in a world of this kind, or its "0 violations" would say nothing.
 MUST_HAPPEN = {"child": "joined", "reader": "loaded", "late": "unknown", "attempts": "stale"}

@@ -32,7 +32,7 @@ def _no_collector() -> Iterator[None]:
 
 
 def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("taskckpt")]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("taskckpt_")]
 
 
 def damage(checkpoint: Checkpoint) -> None:
