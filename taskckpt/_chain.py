@@ -172,11 +172,7 @@ class Chain:
                     try:
                         return found, use(origin, found)
                     except NotFoundError as error:
-                        if error.uri != f"{origin.store.uri}/{found.stored.key}":
-                            raise  # not the payload: a folder here that somebody removed meanwhile
-                        if reader.look().top > view.top:
-                            raise LogMoved from error
-                        search.problems.append(_lost(found, error))
+                        search.problems.append(_lost(origin, reader, view, found, error))
                     except CorruptCheckpointError as error:
                         search.problems.append(error)
                 case _:
@@ -203,7 +199,14 @@ def _is_local_file(origin: Origin) -> bool:
     return origin.location.is_local and origin.store.size("") is not None
 
 
-def _lost(commit: Commit, error: NotFoundError) -> CorruptCheckpointError:
+def _lost(
+    origin: Origin, reader: LogReader, view: View, commit: Commit, error: NotFoundError
+) -> CorruptCheckpointError:
+    """A payload that is named and gone is damage, unless it was pruned since the log was listed."""
+    if error.uri != f"{origin.store.uri}/{commit.stored.key}":
+        raise error  # not the payload: a folder here that somebody removed meanwhile
+    if reader.look().top > view.top:
+        raise LogMoved from error
     return CorruptCheckpointError(f"The payload of slot {commit.stamp.slot} is gone.", uri=error.uri)
 
 

@@ -25,10 +25,10 @@ from taskckpt._arguments import (
 )
 from taskckpt._chain import Chain, Loadable, Origin
 from taskckpt._foreign import ForeignObject
-from taskckpt._layout import keyed_prefix, task_prefix
+from taskckpt._layout import LOG, keyed_prefix, task_prefix
 from taskckpt._log import TaskLog, new_nonce
 from taskckpt._operation import Stop
-from taskckpt._payload import PAYLOAD, Data
+from taskckpt._payload import PAYLOAD, Data, Source
 from taskckpt._records import Commit
 from taskckpt._retention import Kept
 from taskckpt._store import Location, Store, is_unset, open_store, parse
@@ -120,11 +120,11 @@ class Checkpoint:
         self._read_only = read_only
         self._src_kind: SourceKind = src_kind
         self._claim_nonce = claim_nonce or new_nonce()
-        self._inherited = claim_nonce is not None
         self._about = dict(about or {})
         self._on_hold: Callable[[], None] | None = None
         self._resumed_from: Kept | None = None
         self._ended = False
+        self._path: Path | None = None
         self._home = self._pid = os.getpid()
         self._forget()
 
@@ -156,7 +156,6 @@ class Checkpoint:
             about=about,
         )
         self._on_hold = on_hold
-        self._inherited = inherited
         self._home = 0 if inherited else self._home  # made in a process above this one
         return self
 
@@ -165,7 +164,6 @@ class Checkpoint:
         self._store: Store | None = None
         self._log: TaskLog | None = None
         self._saves_under_way = 0
-        self._path: Path | None = None
 
     @classmethod
     def of(
@@ -195,21 +193,22 @@ class Checkpoint:
 
         if (key is None) == (task is None):
             raise UsageError("Checkpoint.of takes either key= or task=.")
-        base_uri, run_name = context.default_base(base), context.default_run(run)
-        prefix = keyed_prefix(key) if key is not None else task_prefix(run_name, str(task))
+        root = parse(context.base_and_origin(base)[0], what="base")
+        prefix = keyed_prefix(key) if key is not None else task_prefix(context.run_and_origin(run)[0], str(task))
         self = cls.__new__(cls)
         self._setup(
-            parse(base_uri, what="base").child(prefix),
+            root.child(prefix),
             (),
-            storage_options=dict(storage_options or {}),
+            storage_options=checked_options(storage_options),
             timeout_s=checked_timeout(timeout_s),
             read_only=True,
         )
-        self._expect_known(parse(base_uri, what="base").child(prefix.partition("/")[0]), prefix.rpartition("/")[2])
+        run_folder, _, name = prefix.partition("/")
+        self._expect_known(root.child(run_folder), name)
         return self
 
     def _expect_known(self, run: Location, name: str) -> None:
-        if self._open().list_below("log", first_page=True).sizes:
+        if self._open().list_below(LOG, first_page=True).sizes:
             return
         store = open_store(run, storage_options=self._storage_options, timeout_s=self._timeout_s)
         names = sorted({key.partition("/")[0] for key in store.list_below("").sizes})
@@ -288,18 +287,16 @@ class Checkpoint:
 
     def _load(self, stop: Stop, *, to: Target | None = None, replace: bool = False) -> Path | None:
         began = time.monotonic()
-        if to is not None:
-            self._expect_harmless(to)
-        elif replace:
+        target = None if to is None else self._expect_harmless(to)
+        if target is None and replace:
             raise UsageError("replace=True belongs to load(to=...).")
 
         def restore(origin: Origin, found: Loadable) -> tuple[str, str]:
-            if to is None:
+            if target is None:
                 return _workspace.restore_fresh(partial(_fill, origin.store, found, stop, PAYLOAD)), PAYLOAD
             name = _payload.restored_name(found)
-            folder = self._expect_harmless(to)
-            _workspace.restore_into(folder, partial(_fill, origin.store, found, stop, name), replace=replace)
-            return folder, name
+            _workspace.restore_into(target, partial(_fill, origin.store, found, stop, name), replace=replace)
+            return target, name
 
         found = self._newest_good(restore, stop)
         if found is None:
@@ -374,7 +371,7 @@ class Checkpoint:
     def _save(self, data: Data, stop: Stop) -> None:
         self._expect_writable("save")
         self._expect_outside(data)
-        _payload.source_of(data)  # what cannot be saved is refused before anything is written
+        source = _payload.source_of(data)  # what cannot be saved is refused before anything is written
         store = self._open()
         with self._exclusively(stop):
             log = self._own_log(store)
@@ -383,18 +380,18 @@ class Checkpoint:
             for remaining in reversed(range(SAVE_TRIES)):
                 try:
                     with self._saving():
-                        self._save_once(store, log, data, stop)
+                        self._save_once(store, log, source, stop)
                 except SourceChangedError as error:
                     if not remaining:
                         raise
                     logger.info("Reading it again: %s", error)
+                    source = _payload.source_of(data)
                 else:
                     return
 
-    def _save_once(self, store: Store, log: TaskLog, data: Data, stop: Stop) -> None:
+    def _save_once(self, store: Store, log: TaskLog, source: Source, stop: Stop) -> None:
         began = time.monotonic()
         nonce = new_nonce()
-        source = _payload.source_of(data)
         try:
             content, stored = _payload.upload(store, source, partial(log.next_payload_key, nonce), stop)
         except NotFoundError:
@@ -435,7 +432,7 @@ class Checkpoint:
             if self._saves_under_way:
                 raise UsageError("clear was called in the middle of a save of the same thread.", uri=store.uri)
             log = self._own_log(store)
-            if not store.list_below("log", first_page=True).sizes and not self._sources:
+            if not store.list_below(LOG, first_page=True).sizes and not self._sources:
                 return  # nothing was ever saved here
             log.hold(stop)
             self._tell_hold()
@@ -541,10 +538,7 @@ class Checkpoint:
         """In a forked child: the same claim, but a writer, connections and locks of its own."""
         if self._pid != os.getpid():
             self._pid = os.getpid()
-            self._inherited = True
-            path = self._path
             self._forget()
-            self._path = path
 
     @contextmanager
     def _exclusively(self, stop: Stop) -> Generator[None]:
@@ -565,10 +559,7 @@ class Checkpoint:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        path = self._path
         self._forget()
-        self._path = path
-        self._inherited = True
         self._pid = os.getpid()
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from taskckpt import _tar
 from taskckpt._archive import OpenFolders
+from taskckpt._store import NO_ROOM
 from taskckpt._tar import FILE, FOLDER, LINK, Member, Reader, show
 from taskckpt.errors import DeniedError, StorageFullError, TaskckptError, UnavailableError, UnsafeArchiveError
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def extract(chunks: Iterable[bytes | memoryview], target: Path, limits: Limits, 
 
 def _failed(error: OSError, target: Path, name: bytes) -> TaskckptError:
     uri = str(target)
-    if error.errno in _FULL:
+    if error.errno in NO_ROOM:
         return StorageFullError(f"No room left to restore {show(name)}: {error.strerror}.", uri=uri)
     if isinstance(error, FileExistsError):
         return UnsafeArchiveError(f"The archive is refused: {show(name)} clashes with another name.", uri=uri)

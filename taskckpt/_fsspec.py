@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import os
 import threading
 import warnings
@@ -13,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from taskckpt._operation import Stop, ordered_map, with_retries
-from taskckpt._store import CHUNK_BYTES, S3_PROTOCOLS, Listing, Location, Store
+from taskckpt._store import CHUNK_BYTES, NO_ROOM, S3_PROTOCOLS, Listing, Location, Store
 from taskckpt.errors import (
     AlreadyExistsError,
     DeniedError,
@@ -149,12 +148,8 @@ class FsspecStore:
         uri = f"{self.uri}/{key}" if key else self.uri
 
         def translated_request() -> T:
-            try:
+            with _translating(uri):
                 return request()
-            except TaskckptError:
-                raise
-            except Exception as error:  # whatever the clients below raise, it leaves here as one of ours
-                raise translated(error, uri) from error
 
         return with_retries(translated_request, timeout_s=self._timeout_s, stop=stop)
 
@@ -330,6 +325,7 @@ RANGE_NOT_SATISFIABLE = 416
 
 @contextlib.contextmanager
 def _translating(uri: str) -> Generator[None]:
+    """Whatever the clients below raise leaves here as one of our errors."""
     try:
         yield
     except TaskckptError:
@@ -360,7 +356,7 @@ def translated(error: BaseException, uri: str) -> TaskckptError:
             uri=uri,
             hint="Check the URL, the endpoint and storage_options.",
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
         return StorageFullError(f"The store is full: {text}", uri=uri, hint="Make room, or choose another place.")
     if status is not None and status < 500 and status not in _PASSING_STATUS:
         return UsageError(f"The store refuses the request: {text}", uri=uri, hint="Check the URL and storage_options.")

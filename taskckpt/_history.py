@@ -223,7 +223,7 @@ class LogReader:
 
     def sources(self, view: View, *, at_most: int) -> tuple[str, ...]:
         """Where the newest claim that says so comes from; looks at no more than ``at_most`` records."""
-        for slot in sorted(view.slots, reverse=True)[:at_most]:
+        for slot in view.slots[::-1][:at_most]:
             for found in self.read_slot(view, slot):
                 if isinstance(found, Claim) and found.continues_from:
                     return found.continues_from

@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 from taskckpt._layout import DATA, LOG
 from taskckpt._operation import Stop
-from taskckpt._store import CHUNK_BYTES, Listing
+from taskckpt._store import CHUNK_BYTES, NO_ROOM, Listing
 from taskckpt.errors import (
     AlreadyExistsError,
     DeniedError,
@@ -35,14 +35,13 @@ PARTIAL = ".partial-"
 MAX_LISTINGS = 1000
 
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def translated(error: OSError, path: str | os.PathLike[str]) -> TaskckptError:
     """The error of taskckpt that says what an OSError at a path means."""
     uri = os.fspath(path)
     reason = error.strerror or str(error)
-    if error.errno in _FULL:
+    if error.errno in NO_ROOM:
         return StorageFullError(
             f"No room to write: {reason}.",
             uri=uri,
@@ -147,7 +146,7 @@ class LocalStore:
             except FileNotFoundError:
                 self._require_reachable()
                 return None
-            return info.st_size if os.path.isfile(self._path(key)) else None
+            return info.st_size if stat.S_ISREG(info.st_mode) else None
 
     def stream(self, key: str, size_bytes: int, stop: Stop) -> Iterator[bytes]:  # noqa: ARG002
         path = self._path(key)

@@ -65,6 +65,9 @@ class TaskLog:
         claim_nonce: Names the attempt; its child processes share it.
         about: Said in every record, for people.
         sources: Where the task's state comes from if this log has none.
+
+    Attributes:
+        resumed_from: What this attempt goes on from, set by whoever loads: it stays until two newer ones exist.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class TaskLog:
         sources: tuple[str, ...] = (),
     ) -> None:
         self.reader = LogReader(store)
+        self.resumed_from: Kept | None = None
         self._store = store
         self._nonce = claim_nonce
         self._keep = keep
@@ -91,7 +95,6 @@ class TaskLog:
         self._fenced_hint = ""
         self._survey: Survey | None = None
         self._retention: Retention | None = None
-        self._resumed: Kept | None = None
         self._count = 0
         self._adopted = 0
         self._number = 0
@@ -259,15 +262,6 @@ class TaskLog:
         return payload_key(self._claim.slot, self._claim.nonce, self._number, save_nonce, suffix)
 
     @property
-    def resumed_from(self) -> Kept | None:
-        """What this attempt goes on from: it stays until two newer ones exist."""
-        return self._resumed
-
-    @resumed_from.setter
-    def resumed_from(self, commit: Kept | None) -> None:
-        self._resumed = commit
-
-    @property
     def holds(self) -> bool:
         """Whether this process has claimed or joined."""
         return self._claim is not None
@@ -288,7 +282,7 @@ class TaskLog:
                 content=content,
                 stored=stored,
                 previous=plan.previous,
-                resumed_from=self._resumed.slot if self._resumed else None,
+                resumed_from=self.resumed_from.slot if self.resumed_from else None,
                 count=self._count + 1,
                 floor=plan.floor,
                 kept=plan.kept,
@@ -314,11 +308,10 @@ class TaskLog:
         known = self._retained().cleared()
         sole_writer = self._first == self._own_claim().slot and cleared.stamp.slot == self._last
         keys = [kept.key for kept in known if kept.key is not None]
-        for name in doomed:
-            claim = claim_of_payload(f"{DATA}/{name}")
-            if claim is not None and (claim[0] < self._own_claim().slot or (claim[0] == self._first and sole_writer)):
-                keys.append(f"{DATA}/{name}")
-        self._resumed = None
+        # Below our claim all is dead; below the one after it too, unless a child of ours may be uploading.
+        below = self._own_claim().slot + (1 if sole_writer else 0)
+        keys += dead_payloads((f"{DATA}/{name}" for name in doomed), claim_slot=below, above=0, living=set())
+        self.resumed_from = None
         self._drop(known)
         self._delete_quietly(sorted(set(keys)))
         self._delete_dead_records()
@@ -438,7 +431,7 @@ class TaskLog:
         if self._count >= 1:
             return None
         head = self._survey.head if self._survey else None
-        return self._resumed or (Kept.of(head) if isinstance(head, Commit) else None)
+        return self.resumed_from or (Kept.of(head) if isinstance(head, Commit) else None)
 
     def _adopt(self, commit: Commit) -> None:
         """Our commit exists: what it retains no more is deleted."""

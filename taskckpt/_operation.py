@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("taskckpt")
 
 TRIES = 5
-# 0.4, 0.8, 1.6 and 3.2 s, more or less: long enough for a server that is restarted.
+# Then, drawn at random, up to 0.4, 0.8 and 1.6 s.
 FIRST_WAIT_S = 0.4
 LONGEST_WAIT_S = 10.0
 
@@ -69,12 +69,13 @@ def with_retries(request: Callable[[], T], *, timeout_s: float, stop: Stop | Non
     try:
         return request()
     except UnavailableError as error:
-        if isinstance(error, StorageFullError):
-            raise  # trying again in a second does not make room
+        if not _is_passing(error):
+            raise
         if time.monotonic() - began >= timeout_s:
             error.add_note(f"Tried once, for {time.monotonic() - began:.1f} s.")
             raise
     retrying = _retrying(timeout_s - (time.monotonic() - began), stop)
+    retrying.sleep(_first_wait_s())
     try:
         return retrying(request)
     except UnavailableError as error:
@@ -86,21 +87,22 @@ def with_retries(request: Callable[[], T], *, timeout_s: float, stop: Stop | Non
 def _retrying(timeout_s: float, stop: Stop | None) -> tenacity.Retrying:
     import tenacity  # only now: it costs 40 ms to import, and most requests succeed the first time
 
-    first_wait_s = 0.0 if switches.instant_retries else FIRST_WAIT_S
-    wait = tenacity.wait_random_exponential(multiplier=first_wait_s, max=LONGEST_WAIT_S)
-    sleep = time.sleep if stop is None else stop.sleep
-    sleep(float(first_wait_s))
     return tenacity.Retrying(
-        sleep=sleep,
+        sleep=time.sleep if stop is None else stop.sleep,
         stop=tenacity.stop_after_attempt(TRIES - 1) | tenacity.stop_before_delay(max(timeout_s, 0.0)),
-        wait=wait,
+        wait=tenacity.wait_random_exponential(multiplier=_first_wait_s(), max=LONGEST_WAIT_S),
         retry=tenacity.retry_if_exception(_is_passing),
         before_sleep=lambda state: logger.info("The store is unavailable, trying again: %s", _reason(state)),
         reraise=True,
     )
 
 
+def _first_wait_s() -> float:
+    return 0.0 if switches.instant_retries else FIRST_WAIT_S
+
+
 def _is_passing(error: BaseException) -> bool:
+    # Trying again in a second does not make room.
     return isinstance(error, UnavailableError) and not isinstance(error, StorageFullError)
 
 

@@ -178,7 +178,8 @@ def upload(store: Store, source: Source, key_for: Callable[[str], str], stop: St
     """
     if source.kind == "bytes" and source.size_hint <= INLINE_LIMIT_BYTES:
         data = b"".join(source.chunks())
-        return Content("bytes", Digest.of(data)), Stored(Digest.of(data), inline=data)
+        digest = Digest.of(data)
+        return Content("bytes", digest), Stored(digest, inline=data)
     content, stored = _Meter(), _Meter()
     key = key_for(source.suffix)
     chunks = content.through(source.chunks())

@@ -6,6 +6,7 @@ several threads, and raise only errors of ``taskckpt.errors``; passing faults ha
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,9 @@ from taskckpt.errors import NotFoundError, UsageError, UsageTypeError
 
 LOCAL_PROTOCOLS = ("file", "local")
 S3_PROTOCOLS = ("s3", "s3a")
+
+# What the operating system says where a disk or a quota is full, or a file as large as it may get.
+NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 # What streams are cut into: large enough to hide a round trip, small enough that a few fit in memory.
 CHUNK_BYTES = 8 * 1024 * 1024

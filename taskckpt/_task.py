@@ -195,15 +195,20 @@ class _Call:
         """A new attempt: it claims the task anew, so that what an earlier one left running is fenced."""
         spec, attempt = self._spec, self._attempts
         self._attempts += 1
-        run_of = self._parent if spec.run is None else None
         base_of = self._parent if spec.base is None else None
+        (run, run_origin), (base, base_origin) = self._run(), self._base()
         made = TaskContext(
-            run=run_of.run if run_of else context.default_run(spec.run),
+            run=run,
             task=self._task,
             attempt=attempt,
-            base=base_of.base if base_of else context.default_base(spec.base),
+            base=base,
             key=self._key,
-            origins=self._origins(),
+            origins={
+                "task": "key=" if self._key else "@task",
+                "attempt": "@task",
+                "run": run_origin,
+                "base": base_origin,
+            },
             keep=spec.keep,
             storage_options=dict(spec.storage_options or (base_of.storage_options if base_of else {})),
             timeout_s=spec.timeout_s,
@@ -213,19 +218,21 @@ class _Call:
             expect_one_function(self._function.func, str(made.place))
         return made
 
-    def _origins(self) -> dict[str, str]:
-        spec, outer = self._spec, self._parent.origins if self._parent else {}
-        return {
-            "task": "key=" if self._key else "@task",
-            "attempt": "@task",
-            "run": outer.get("run", "parent") if outer and spec.run is None else context.origin_of_run(spec.run),
-            "base": outer.get("base", "parent") if outer and spec.base is None else context.origin_of_base(spec.base),
-        }
+    def _run(self) -> tuple[str, str]:
+        """The run and where it came from: said here, else that of the task around."""
+        if self._parent is None or self._spec.run is not None:
+            return context.run_and_origin(self._spec.run)
+        return self._parent.run, self._parent.origins.get("run", "parent")
+
+    def _base(self) -> tuple[str, str]:
+        if self._parent is None or self._spec.base is not None:
+            return context.base_and_origin(self._spec.base)
+        return self._parent.base, self._parent.origins.get("base", "parent")
 
     def _clears(self) -> bool:
         if self._spec.clear_on_success is not None:
             return self._spec.clear_on_success
-        return self._key is None and self._origins()["run"] == context.MADE_UP
+        return self._key is None and self._run()[1] == context.MADE_UP
 
 
 class _AsyncCall(_Call):

@@ -206,16 +206,19 @@ def checkpoint(key: str | None = None) -> Checkpoint:
     return current.checkpoint
 
 
-def default_base(base: Target | None = None) -> str:
-    """The base: as given, else ``TASKCKPT_BASE``, else the engine's, else ``./.taskckpt`` as of its first use."""
+def base_and_origin(base: Target | None = None) -> tuple[str, str]:
+    """The base: as given, else ``TASKCKPT_BASE``, else the engine's, else ``./.taskckpt`` as of its first use.
+
+    And where it came from.
+    """
     if base is not None:
-        return parse(base, what="base").uri
+        return parse(base, what="base").uri, "argument"
     given = _given(BASE)
     if given:
-        return parse(given, what=BASE).uri
+        return parse(given, what=BASE).uri, BASE
     engine = engines.detect()
     if engine is not None and engine.base:
-        return parse(engine.base, what="the engine's base").uri
+        return parse(engine.base, what="the engine's base").uri, engine.engine
     with _process.lock:
         if _process.implicit_base is None:
             _process.implicit_base = os.path.abspath(DEFAULT_BASE)
@@ -227,33 +230,18 @@ def default_base(base: Target | None = None) -> str:
                     _process.implicit_base,
                     platform.node(),
                 )
-        return _process.implicit_base
+        return _process.implicit_base, MADE_UP
 
 
-def default_run(run: str | None = None) -> str:
-    """The run: as given, else ``TASKCKPT_RUN``, else the engine's, else ``local``."""
-    engine = engines.detect()
-    return run or _given(RUN) or (engine.run if engine else None) or LOCAL_RUN
-
-
-def origin_of_run(run: str | None = None) -> str:
-    """Where ``default_run`` found it."""
+def run_and_origin(run: str | None = None) -> tuple[str, str]:
+    """The run: as given, else ``TASKCKPT_RUN``, else the engine's, else ``local``. And where it came from."""
     if run:
-        return "argument"
-    if _given(RUN):
-        return RUN
+        return run, "argument"
+    given = _given(RUN)
+    if given:
+        return given, RUN
     engine = engines.detect()
-    return engine.engine if engine else MADE_UP
-
-
-def origin_of_base(base: Target | None = None) -> str:
-    """Where ``default_base`` found it."""
-    if base is not None:
-        return "argument"
-    if _given(BASE):
-        return BASE
-    engine = engines.detect()
-    return engine.engine if engine and engine.base else MADE_UP
+    return (engine.run or LOCAL_RUN, engine.engine) if engine else (LOCAL_RUN, MADE_UP)
 
 
 def _keyed(key: str) -> TaskContext:
@@ -266,7 +254,7 @@ def _keyed(key: str) -> TaskContext:
         )
     current = ctx()
     if current is None:
-        return _once(TaskContext(default_run(), key, None, default_base(), key=key, origins=_origins({"task": "key="})))
+        return _once(_made(task=key, key=key, attempt=None, origins={"task": "key=", "attempt": "unknown"}))
     if current.key == key:
         return current
     # Inside a task, where its children would look too: its environment tells them the same base.
@@ -277,8 +265,13 @@ def _keyed(key: str) -> TaskContext:
     return outside or _once(replace(keyed, _within=current._nonce))  # noqa: SLF001
 
 
-def _origins(more: Mapping[str, str]) -> dict[str, str]:
-    return {"run": origin_of_run(), "base": origin_of_base(), "attempt": "unknown", **more}
+def _made(
+    *, task: str, key: str | None, attempt: int | None, origins: dict[str, str], keep: int | None = 3
+) -> TaskContext:
+    """A context outside of any ``@task``: run and base are those of the process."""
+    (run, run_origin), (base, base_origin) = run_and_origin(), base_and_origin()
+    origins = {"run": run_origin, "base": base_origin, **origins}
+    return TaskContext(run, task, attempt, base, key=key, origins=origins, keep=keep)
 
 
 def _of_thread() -> TaskContext | None:
@@ -338,22 +331,18 @@ def _of_process() -> TaskContext | None:
     if not (key or task or engine):
         return None
     by_engine = engine.engine if engine else "unknown"
-    origins = _origins(
-        {
-            "task": KEY if key else TASK if task else by_engine,
-            "attempt": ATTEMPT if environ.get(ATTEMPT) else by_engine,
-        }
+    return _once(
+        _made(
+            task=key or task or (engine.task if engine else ""),
+            key=key,
+            attempt=_attempt_from(environ) if environ.get(ATTEMPT) else engine.attempt if engine else None,
+            origins={
+                "task": KEY if key else TASK if task else by_engine,
+                "attempt": ATTEMPT if environ.get(ATTEMPT) else by_engine,
+            },
+            keep=_keep_from(environ),
+        )
     )
-    context = TaskContext(
-        run=default_run(),
-        task=key or task or (engine.task if engine else ""),
-        attempt=_attempt_from(environ) if environ.get(ATTEMPT) else engine.attempt if engine else None,
-        base=default_base(),
-        key=key or None,
-        origins=origins,
-        keep=_keep_from(environ),
-    )
-    return _once(context)
 
 
 def _once(context: TaskContext) -> TaskContext:
