@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ from blake3 import blake3
 from taskckpt import _archive, _extract, _foreign, _gzip
 from taskckpt._foreign import ForeignObject
 from taskckpt._local import translating
-from taskckpt._operation import Stop
+from taskckpt._operation import Stop, submit
+from taskckpt._progress import Report
 from taskckpt._records import INLINE_LIMIT_BYTES, Commit, Content, Digest, Kind, Stored
-from taskckpt._store import CHUNK_BYTES, Store
+from taskckpt._store import READ_BYTES, Store
 from taskckpt.errors import (
     CorruptCheckpointError,
     NotFoundError,
@@ -30,6 +32,9 @@ Data: TypeAlias = bytes | bytearray | memoryview | str | os.PathLike[str]
 
 # A restored file or bytes get this name, as in Flyte, unless the user names the folder.
 PAYLOAD = "payload"
+
+# Smaller chunks are hashed sooner than another thread would begin to.
+_ALONE_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +83,10 @@ def _bytes_source(view: memoryview) -> Source:
     flat = view.cast("B") if view.c_contiguous else memoryview(view.tobytes())
 
     def chunks() -> Iterator[bytes]:
-        for start in range(0, len(flat), CHUNK_BYTES):
+        for start in range(0, len(flat), READ_BYTES):
             # Copied, so that what is hashed and what is stored are the same bytes, whoever writes to a
             # bytearray meanwhile.
-            yield bytes(flat[start : start + CHUNK_BYTES])
+            yield bytes(flat[start : start + READ_BYTES])
 
     return Source("bytes", len(flat), chunks)
 
@@ -124,13 +129,14 @@ class _FileChunks:
     path: str
     before: os.stat_result
 
-    def __call__(self) -> Iterator[bytes]:
+    def __call__(self) -> Iterator[memoryview]:
         with translating(self.path), open(self.path, "rb", buffering=0) as file:
             self._expect_unchanged(os.fstat(file.fileno()))
             size = 0
-            while chunk := file.read(CHUNK_BYTES):
-                size += len(chunk)
-                yield chunk
+            buffer = memoryview(bytearray(READ_BYTES))
+            while count := file.readinto(buffer):
+                size += count
+                yield buffer[:count]
             self._expect_unchanged(os.fstat(file.fileno()))
             self._expect_unchanged(os.stat(self.path))
             if size != self.before.st_size:
@@ -151,17 +157,28 @@ def _identity(info: os.stat_result) -> tuple[int, ...]:
 
 
 class _Meter:
-    """Passes chunks on, and knows their size and digest in the end."""
+    """Passes chunks on, and knows their size and digest in the end; ``report`` is told how far it is of ``total``."""
 
-    def __init__(self) -> None:
+    def __init__(self, report: Report | None = None, total_bytes: int = 0) -> None:
         self._hash = blake3()
+        self._report = report
+        self._total_bytes = total_bytes
         self.size_bytes = 0
 
-    def through(self, chunks: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
-        for chunk in chunks:
-            self._hash.update(chunk)
-            self.size_bytes += len(chunk)
-            yield chunk
+    def through(self, chunks: Iterable[bytes | memoryview]) -> Generator[bytes | memoryview]:
+        # A thread hashes while the consumer works on the same chunk; the next one is asked for when both are done.
+        with ThreadPoolExecutor(1, thread_name_prefix="taskckpt") as pool:
+            for chunk in chunks:
+                self.size_bytes += len(chunk)
+                if len(chunk) < _ALONE_BYTES:
+                    self._hash.update(chunk)
+                    yield chunk
+                else:
+                    hashed = submit(pool, self._hash.update, chunk)
+                    yield chunk
+                    hashed.result()
+                if self._report is not None:
+                    self._report(self.size_bytes, self._total_bytes)
 
     def digest(self) -> Digest:
         return Digest(self.size_bytes, self._hash.hexdigest())
@@ -170,24 +187,26 @@ class _Meter:
 # --- up ----------------------------------------------------------------------------------------
 
 
-def upload(store: Store, source: Source, key_for: Callable[[str], str], stop: Stop) -> tuple[Content, Stored]:
+def upload(
+    store: Store, source: Source, key_for: Callable[[str], str], stop: Stop, report: Report | None = None
+) -> tuple[Content, Stored]:
     """Stores the content, complete and durable, in one stream; ``key_for`` gives a key for a suffix.
 
     Raises:
         SourceChangedError: The source changed while it was read. Nothing is left in the store.
     """
     if source.kind == "bytes" and source.size_hint <= INLINE_LIMIT_BYTES:
-        data = b"".join(source.chunks())
+        data = b"".join(map(bytes, source.chunks()))
         digest = Digest.of(data)
         return Content("bytes", digest), Stored(digest, inline=data)
-    content, stored = _Meter(), _Meter()
+    content, stored = _Meter(report, source.size_hint), _Meter()
     key = key_for(source.suffix)
-    chunks = content.through(source.chunks())
-    if source.kind == "folder":
-        with closing(_gzip.compress(chunks)) as compressed:
-            store.write(key, stored.through(compressed), source.size_hint, stop)
-    else:
-        store.write(key, chunks, source.size_hint, stop)
+    with closing(content.through(source.chunks())) as chunks:
+        if source.kind == "folder":
+            with closing(_gzip.compress(chunks)) as members, closing(stored.through(members)) as hashed:
+                store.write(key, hashed, source.size_hint, stop)
+        else:
+            store.write(key, chunks, source.size_hint, stop)
     digest = content.digest()
     described = Content(source.kind, digest, source.name, source.mode, source.mtime_ns, source.entries)
     return described, Stored(stored.digest() if source.kind == "folder" else digest, key=key)
@@ -196,7 +215,9 @@ def upload(store: Store, source: Source, key_for: Callable[[str], str], stop: St
 # --- back --------------------------------------------------------------------------------------
 
 
-def stored_chunks(store: Store, commit: Commit, stop: Stop) -> Generator[bytes | memoryview]:
+def stored_chunks(
+    store: Store, commit: Commit, stop: Stop, report: Report | None = None
+) -> Generator[bytes | memoryview]:
     """The stored bytes; a wrong size or digest is noticed at the end, so nothing may be used before that.
 
     Whoever may stop early closes it: threads read ahead, and the garbage collector cannot safely wait for
@@ -212,11 +233,12 @@ def stored_chunks(store: Store, commit: Commit, stop: Stop) -> Generator[bytes |
         return
     assert stored.key is not None
     uri = f"{store.uri}/{stored.key}"
-    meter = _Meter()
-    for chunk in meter.through(store.stream(stored.key, stored.digest.size_bytes, stop)):
-        if meter.size_bytes > stored.digest.size_bytes:
-            break
-        yield chunk
+    meter = _Meter(report, stored.digest.size_bytes)
+    with closing(meter.through(store.stream(stored.key, stored.digest.size_bytes, stop))) as chunks:
+        for chunk in chunks:
+            if meter.size_bytes > stored.digest.size_bytes:
+                break
+            yield chunk
     _expect(meter, stored.digest, uri)
 
 
@@ -230,13 +252,23 @@ def _expect(meter: _Meter, digest: Digest, uri: str) -> None:
         raise CorruptCheckpointError("The payload is damaged: its digest does not fit.", uri=uri)
 
 
-def restore(store: Store, commit: Commit, folder: str, name: str, stop: Stop) -> None:
+def restore(
+    store: Store, found: Commit | ForeignObject, name: str, stop: Stop, report: Report | None, folder: str
+) -> None:
     """Restores a checkpoint into an empty private folder: a tree as it was, anything else as file ``name``."""
-    with closing(stored_chunks(store, commit, stop)) as chunks:
-        if commit.content.kind == "folder":
-            _restore_folder(chunks, commit, folder, f"{store.uri}/{commit.stored.key}")
-            return
-        path = os.path.join(folder, name)
+    if isinstance(found, ForeignObject):
+        _restore_foreign(store, found, name, stop, folder)
+    else:
+        _restore_own(store, found, name, stop, report, folder)
+
+
+def _restore_own(store: Store, commit: Commit, name: str, stop: Stop, report: Report | None, folder: str) -> None:
+    if commit.content.kind == "folder":
+        with closing(stored_chunks(store, commit, stop)) as chunks:
+            _restore_folder(chunks, commit, folder, f"{store.uri}/{commit.stored.key}", report)
+        return
+    path = os.path.join(folder, name)
+    with closing(stored_chunks(store, commit, stop, report)) as chunks:
         _write(path, chunks)
     with translating(path):
         if commit.content.mode is not None:
@@ -253,8 +285,7 @@ def _write(path: str, chunks: Iterable[bytes | memoryview]) -> None:
                 rest = rest[file.write(rest) :]
 
 
-def restore_foreign(store: Store, foreign: ForeignObject, folder: str, name: str, stop: Stop) -> None:
-    """``restore`` for an object that taskckpt did not write."""
+def _restore_foreign(store: Store, foreign: ForeignObject, name: str, stop: Stop, folder: str) -> None:
     if foreign.kind == "folder":
         _foreign.restore_folder(store, foreign, folder, stop)
     else:
@@ -262,17 +293,20 @@ def restore_foreign(store: Store, foreign: ForeignObject, folder: str, name: str
             _write(os.path.join(folder, name), chunks)
 
 
-def _restore_folder(chunks: Iterator[bytes | memoryview], commit: Commit, folder: str, uri: str) -> None:
+def _restore_folder(
+    chunks: Iterator[bytes | memoryview], commit: Commit, folder: str, uri: str, report: Report | None
+) -> None:
     content = commit.content
-    meter = _Meter()
+    meter = _Meter(report, content.digest.size_bytes)
     limits = _extract.Limits(bytes=content.digest.size_bytes, entries=content.entries or 0)
-    _extract.extract(meter.through(_gzip.decompress(chunks)), Path(folder), limits)
+    with closing(_gzip.decompress(chunks)) as inflated, closing(meter.through(inflated)) as tar:
+        _extract.extract(tar, Path(folder), limits)
     for _ in chunks:  # to the end, where the digest is checked
         pass
     _expect(meter, content.digest, uri)
 
 
-def read_all(store: Store, found: Commit | ForeignObject, stop: Stop) -> bytes:
+def read_all(store: Store, found: Commit | ForeignObject, stop: Stop, report: Report | None = None) -> bytes:
     """The content of a checkpoint of bytes or of a file.
 
     Raises:
@@ -281,8 +315,8 @@ def read_all(store: Store, found: Commit | ForeignObject, stop: Stop) -> bytes:
     if kind_of(found) == "folder":
         raise UsageError("The checkpoint is a folder, not bytes.", uri=store.uri, hint="Use load() or load_sync().")
     if isinstance(found, ForeignObject):
-        return b"".join(_foreign.chunks_of(store, found, stop))
-    return b"".join(stored_chunks(store, found, stop))
+        return b"".join(map(bytes, _foreign.chunks_of(store, found, stop)))
+    return b"".join(map(bytes, stored_chunks(store, found, stop, report)))
 
 
 def kind_of(found: Commit | ForeignObject) -> Kind:

@@ -32,10 +32,10 @@ _clients: dict[tuple[int, str, float], Any] = {}
 
 def with_shared_client(checkpoint: Checkpoint, endpoint: str) -> Checkpoint:
     """A new client takes 0.1 s, and most tests are about something else: they share one."""
-    store: Any = checkpoint._open()
+    store: Any = checkpoint._attempt.open_store()
     while hasattr(store, "_store"):  # intercepted
         store = store._store
-    key = (os.getpid(), endpoint, checkpoint._timeout_s)
+    key = (os.getpid(), endpoint, checkpoint._attempt._timeout_s)
     if key not in _clients:
         _clients[key] = store.fs
     store._filesystem = _clients[key]

@@ -772,7 +772,7 @@ def test_a_cancelled_save_never_commits_afterwards(place):
         return sorted(records(place))
 
     with intercepted(hook):
-        checkpoint._store = checkpoint._log._store = place.open("task")
+        checkpoint._attempt._store = checkpoint._attempt._log._store = place.open("task")
     then = asyncio.run(main())
     assert sorted(records(place)) == then, "nothing comes later"
     assert checkpoint.load_bytes_sync() == b"one"

@@ -47,7 +47,7 @@ class Site:
         return with_shared_client(made, server.endpoint_url)
 
     def keys(self, part: str) -> list[str]:
-        return sorted(self.view()._open().list_below(part).sizes)
+        return sorted(self.view()._attempt.open_store().list_below(part).sizes)
 
 
 @pytest.fixture(autouse=True)

@@ -145,7 +145,7 @@ def test_a_fault_that_passes_is_not_noticed(site, name, on):
         operation.expect_done(site)
         if on == "BEGIN data" and fault in ("reply lost", "error though it worked"):
             continue  # nobody knows the name of that upload; the next attempt sweeps it
-        assert site.view()._open().fs.call_s3("list_multipart_uploads", Bucket=site.bucket, Prefix=site.url[5:]).get(
+        assert site.view()._attempt.open_store().fs.call_s3("list_multipart_uploads", Bucket=site.bucket, Prefix=site.url[5:]).get(
             "Uploads", []
         ) == []  # fmt: skip
 
@@ -262,7 +262,7 @@ def test_an_upload_whose_beginning_was_lost_is_swept_by_the_next_attempt(site):
     site.proxy.fault(p.lose_reply, "BEGIN data", times=1)
     attempt.save_sync(LARGE)
     bucket = {"Bucket": site.bucket, "Prefix": site.url.removeprefix(f"s3://{site.bucket}/")}
-    s3 = site.view()._open().fs
+    s3 = site.view()._attempt.open_store().fs
     assert len(s3.call_s3("list_multipart_uploads", **bucket)["Uploads"]) == 1
     site.next_attempt().save_sync(b"next")
     assert s3.call_s3("list_multipart_uploads", **bucket).get("Uploads", []) == []
@@ -275,7 +275,7 @@ def test_a_failed_upload_is_aborted(site):
     with pytest.raises(UnavailableError):
         attempt.save_sync(LARGE)
     assert site.proxy.count()["ABORT data"] == 1
-    s3 = site.view()._open().fs
+    s3 = site.view()._attempt.open_store().fs
     bucket = {"Bucket": site.bucket, "Prefix": site.url.removeprefix(f"s3://{site.bucket}/")}
     assert s3.call_s3("list_multipart_uploads", **bucket).get("Uploads", []) == []
     assert site.view().load_sync() is None
@@ -496,7 +496,7 @@ def test_a_server_that_comes_back(real_site):
 
 def commits(site):
     view = site.view()
-    reader = view._origin(view._open()).reader
+    reader = view._attempt._origin(view._attempt.open_store()).reader
     listing = reader.look()
     found = [record for slot in listing.slots for record in reader.read_slot(listing, slot)]
     return [record.stored.inline for record in found if isinstance(record, Commit)]

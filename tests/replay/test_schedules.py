@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from taskckpt import Checkpoint, _log, _payload, _retention
+from taskckpt._attempt import Attempt
 from taskckpt._history import LogMoved, LogReader, View
 from taskckpt._layout import SlotName, payload_key
 from taskckpt._local import LocalStore
@@ -217,11 +218,11 @@ def _keys_without_save_nonce(patch: pytest.MonkeyPatch) -> None:
 
 def _fork_with_tail(patch: pytest.MonkeyPatch) -> None:
     def fork(parent: Actor, child: Actor) -> None:
-        log = copy.copy(parent.checkpoint._own_log(parent.checkpoint._open()))
+        log = copy.copy(parent.checkpoint._attempt._own_log(parent.checkpoint._attempt.open_store()))
         log._writer, log._dropped, log._unsettled = _log.new_nonce(), [], []
-        log._store = child.checkpoint._open()
+        log._store = child.checkpoint._attempt.open_store()
         log.reader = LogReader(log._store)
-        child.checkpoint._log = log
+        child.checkpoint._attempt._log = log
 
     patch.setattr(Director, "on_fork", staticmethod(fork), raising=False)
 
@@ -242,13 +243,13 @@ def _fork_with_tail_and_one_nonce(patch: pytest.MonkeyPatch) -> None:
 
 
 def _children_with_nonces_of_their_own(patch: pytest.MonkeyPatch) -> None:
-    original = Checkpoint.__setstate__
+    original = Attempt.__setstate__
 
-    def setstate(self: Checkpoint, state: dict[str, Any]) -> None:
+    def setstate(self: Attempt, state: dict[str, Any]) -> None:
         original(self, state)
         self._claim_nonce = _log.new_nonce()
 
-    patch.setattr(Checkpoint, "__setstate__", setstate)
+    patch.setattr(Attempt, "__setstate__", setstate)
 
 
 def _prune_what_others_wrote(patch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def test_a_part_that_cannot_be_listed_is_not_left_out(remote, monkeypatch):
 
     monkeypatch.setattr(Remote, "ls", ls)
     with pytest.raises(DeniedError):
-        Checkpoint(remote)._open().list_below("data")
+        Checkpoint(remote)._attempt.open_store().list_below("data")
 
 
 # --- the log without a conditional create ------------------------------------------------------
@@ -188,7 +188,7 @@ def gateway(tmp_path, monkeypatch):
 def test_who_joins_overwrites_nothing_either(gateway, monkeypatch, loads_first):
     main = Checkpoint(gateway)
     main.load_sync()
-    one, two = copy.copy(main), copy.copy(main)
+    one, two = copy.deepcopy(main), copy.deepcopy(main)
     if loads_first:
         one.load_sync()
     monkeypatch.setattr(Overwriting, "before_join", None)
@@ -203,7 +203,7 @@ def test_who_joins_overwrites_nothing_either(gateway, monkeypatch, loads_first):
 def test_stale_workers_are_told_where_the_condition_is_ignored(gateway):
     old = Checkpoint(gateway)
     old.load_sync()
-    worker = copy.copy(old)
+    worker = copy.deepcopy(old)
     worker.load_sync()
     new = Checkpoint(gateway)
     new.load_sync()

@@ -17,12 +17,13 @@ PACKAGE = ROOT / "taskckpt"
 
 # From top to bottom: each module imports only what stands below it. A new module gets its place here.
 LAYERS = [
-    *("testing", "testing._contract", "testing._intercept", "testing.servers", "testing._guard"),
+    *("testing", "testing._contract", "testing._intercept", "testing.servers", "testing._cloud_servers"),
+    *("testing._process", "testing._guard"),
     "__init__",
-    *("_task", "latest", "context", "_checkpoint"),
+    *("_task", "latest", "context", "_checkpoint", "_attempt", "_telling"),
     *("_bridge", "_workspace", "_chain", "_payload", "_log"),
     *("_foreign", "_extract", "_archive", "_gzip", "_tar"),
-    *("_retention", "_history", "_identity", "engines", "_records", "_arguments"),
+    *("_retention", "_history", "_identity", "engines", "_records", "_arguments", "_progress"),
     *("_s3", "_fsspec", "_local", "_layout", "_store"),
     *("_operation", "_testing", "errors"),
 ]
@@ -39,6 +40,7 @@ OUTSIDE = {
     "fsspec": {"_fsspec": "lazily"},
     "isal": {"_gzip": "at once", "_foreign": "at once"},
     "s3fs": {"_s3": "lazily", "_fsspec": "lazily"},
+    "tqdm": {"_progress": "lazily"},
     "tenacity": {"_operation": "lazily", "_task": "lazily"},
     "zstandard": {"_foreign": "lazily"},
     "xxhash": {},
@@ -51,7 +53,7 @@ SIGNALS = {"LogMoved", "Stopped", "_ClaimDenied", "_Malformed", "_SourceError"}
 LONG_FILE, LONGEST_FILE = 450, 620
 LONG_FUNCTION, LONGEST_FUNCTION = 40, 60
 # Lines that hold code, in all modules of the core.
-LARGEST_CORE = 5000
+LARGEST_CORE = 7500
 
 TREES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())

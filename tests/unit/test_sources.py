@@ -41,7 +41,7 @@ def expect_known(tmp_path, expected=b"three weeks"):
 @pytest.mark.parametrize("joins", [0, 1, 2, 5])
 def test_joins_do_not_hide_it(tmp_path, begun, joins):
     for _ in range(joins):
-        assert copy.copy(begun).load_bytes_sync() == b"three weeks"
+        assert copy.deepcopy(begun).load_bytes_sync() == b"three weeks"
     expect_known(tmp_path)
 
 
@@ -55,12 +55,12 @@ def test_workers_that_were_handed_the_checkpoint_do_not_hide_it(tmp_path, begun)
 def test_joins_of_a_later_attempt_do_not_hide_it(tmp_path, begun):
     second = Checkpoint(tmp_path / "run2")  # nobody says src again
     assert second.load_bytes_sync() == b"three weeks"
-    assert copy.copy(second).load_bytes_sync() == b"three weeks"
+    assert copy.deepcopy(second).load_bytes_sync() == b"three weeks"
     expect_known(tmp_path)
 
 
 def test_a_save_of_a_worker_comes_first(tmp_path, begun):
-    worker = copy.copy(begun)
+    worker = copy.deepcopy(begun)
     worker.load_sync()
     worker.save_sync(b"later")
     expect_known(tmp_path, b"later")

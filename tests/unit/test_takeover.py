@@ -119,7 +119,7 @@ def test_many_keys_do_not_fill_the_environment():
         context._hand_down_claim(taskckpt.context._keyed(f"item-{number}"))
     claims = os.environ[CLAIMS].split()
     assert len(claims) == MOST_CLAIMS
-    assert claims[-1].endswith(held._claim_nonce), "the newest stay"
+    assert claims[-1].endswith(held._attempt._claim_nonce), "the newest stay"
 
     @task(retries=0)
     def work():
@@ -350,7 +350,7 @@ def test_an_interrupt_at_any_line_of_a_takeover_leaves_it_able_to_save(tmp_path,
         cp = Checkpoint(place)
         if handed:
             cp.load_sync()
-            cp = copy.copy(cp)
+            cp = copy.deepcopy(cp)
         first = cp.load_bytes_sync if act == "load" else lambda cp=cp: cp.save_sync(b"2")
         interrupted = lines_of(functions, first)(at)
         cp.save_sync(b"3")
@@ -407,7 +407,7 @@ def test_what_was_resumed_from_stays_when_a_worker_saves_first(tmp_path, loads):
     damage(b"2")
     second = Checkpoint(place, keep=1)
     assert second.load_bytes_sync() == b"1" * big
-    worker = copy.copy(second)
+    worker = copy.deepcopy(second)
     if loads:
         assert worker.load_bytes_sync() == b"1" * big
     worker.save_sync(b"3" * big)

@@ -1,0 +1,367 @@
+"""One attempt at a task, in one process: it takes the task over, loads, saves and clears.
+
+``Checkpoint`` is the front of it, with the words for users; saves in the background come here as well.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+
+from taskckpt import _payload, _workspace
+from taskckpt._arguments import SourceKind, Target
+from taskckpt._chain import Chain, Loadable, Origin
+from taskckpt._layout import LOG
+from taskckpt._log import TaskLog, new_nonce
+from taskckpt._operation import Stop
+from taskckpt._payload import PAYLOAD, Source
+from taskckpt._progress import Report
+from taskckpt._records import Commit
+from taskckpt._retention import Kept
+from taskckpt._store import Location, Store, open_store, parse
+from taskckpt._telling import tell_loaded, tell_saved
+from taskckpt.errors import NotFoundError, SourceChangedError, StaleAttemptError, UsageError
+
+logger = logging.getLogger("taskckpt")
+
+T = TypeVar("T")
+
+# A folder that changes while it is read is read again this often.
+SAVE_TRIES = 3
+LOCK_POLL_S = 0.05
+
+
+# Makes something of a checkpoint that lies in a store.
+Use: TypeAlias = Callable[[Store, Loadable, Stop, Report | None], T]
+
+
+class Restored(NamedTuple):
+    """A workspace, and what was restored in it: all of it, or a file."""
+
+    folder: Path
+    path: Path
+
+
+class Attempt:
+    """Threads may share it; a child process that gets it, by fork or pickled, goes on under the same claim.
+
+    All verbs are synchronous, and look at their ``stop`` before each write.
+
+    Args:
+        dest: The task's place.
+        sources: Where to look if it has nothing yet.
+        claim_nonce: Names the claim; decided before any child process, so that those join it.
+        inherited: Made in a process above this one.
+        about: What records tell people about this attempt.
+        on_hold: Called once, when this process has claimed or joined.
+    """
+
+    def __init__(
+        self,
+        dest: Location,
+        sources: tuple[Location, ...] = (),
+        *,
+        storage_options: dict[str, Any],
+        timeout_s: float,
+        keep: int | None = 3,
+        read_only: bool = False,
+        src_kind: SourceKind = "auto",
+        claim_nonce: str | None = None,
+        inherited: bool = False,
+        about: Mapping[str, Any] | None = None,
+        on_hold: Callable[[], None] | None = None,
+    ) -> None:
+        self.dest = dest
+        self.sources = sources
+        self.read_only = read_only
+        self._storage_options = storage_options
+        self._timeout_s = timeout_s
+        self._keep = keep
+        self._src_kind: SourceKind = src_kind
+        self._claim_nonce = claim_nonce or new_nonce()
+        self._about = dict(about or {})
+        self._on_hold = on_hold
+        self._resumed_from: Kept | None = None
+        self._ended = False
+        self._pid = os.getpid()
+        self._home = 0 if inherited else self._pid
+        self._forget()
+
+    def _forget(self) -> None:
+        self._lock = threading.RLock()
+        self._store: Store | None = None
+        self._log: TaskLog | None = None
+        self._saves_under_way = 0
+
+    def end(self) -> None:
+        """The task call that this belongs to has ended: what it left running in this process may save no more."""
+        self._ended = True
+
+    # --- load ----------------------------------------------------------------------------------
+
+    def restore(self, stop: Stop, report: Report | None, *, to: Target | None, replace: bool) -> Restored | None:
+        """The newest good checkpoint as files, in a fresh private folder or in ``to``. See ``Checkpoint``."""
+        target = None if to is None else self._expect_harmless(to)
+        if target is None and replace:
+            raise UsageError("replace=True belongs to load(to=...).")
+
+        def restore(origin: Origin, found: Loadable) -> Restored:
+            name = PAYLOAD if target is None else _payload.restored_name(found)
+            fill = partial(_payload.restore, origin.store, found, name, stop, report)
+            if target is None:
+                folder = Path(_workspace.restore_fresh(fill))
+            else:
+                _workspace.restore_into(target, fill, replace=replace)
+                folder = Path(target)
+            return Restored(folder, folder if _payload.kind_of(found) == "folder" else folder / name)
+
+        return self._newest_good(restore, stop)
+
+    def read(self, use: Use[T], stop: Stop, report: Report | None) -> T | None:
+        """What ``use`` makes of the newest good checkpoint; None if there is none."""
+        return self._newest_good(lambda origin, found: use(origin.store, found, stop, report), stop)
+
+    def has_something(self) -> bool:
+        """Whether a load would find something (or something damaged). Looks, and never takes the task over."""
+        return self._chain(Stop()).has_something(self._origin(self.open_store()))
+
+    def _newest_good(self, use: Callable[[Origin, Loadable], T], stop: Stop) -> T | None:
+        began = time.monotonic()
+        store = self.open_store()
+        view = None
+        if self._claims:
+            with self._exclusively(stop):
+                view = self._own_log(store).view(stop)
+                self._tell_hold()
+        origin = self._origin(store)
+        using = _Timed(use)
+        found = self._chain(stop).newest_good(origin, view, using)
+        if found is None:
+            logger.info("Nothing to resume from in %s.", self.dest.uri)
+            return None
+        where, loaded, result = found
+        if where is origin and self._claims and isinstance(loaded, Commit):
+            with self._exclusively(stop):
+                self._resumed_from = self._own_log(store).resumed_from = Kept.of(loaded)
+        tell_loaded(where, loaded, find_s=time.monotonic() - began - using.seconds, restore_s=using.seconds)
+        return result
+
+    def _origin(self, store: Store) -> Origin:
+        reader = None if self._log is None else self._log.reader
+        return Origin(self.dest, store, reader)
+
+    def _chain(self, stop: Stop) -> Chain:
+        def open_source(location: Location) -> Store:
+            return open_store(location, storage_options=self._storage_options, timeout_s=self._timeout_s)
+
+        return Chain(self.sources, open_source, src_kind=self._src_kind, stop=stop)
+
+    # --- save ----------------------------------------------------------------------------------
+
+    def save(self, look: Callable[[], Source], stop: Stop, report: Report | None) -> None:
+        """Saves what ``look`` finds; a source that changes while it is read is looked at again. See ``Checkpoint``."""
+        self.expect_writable("save")
+        began = time.monotonic()
+        source = look()  # what cannot be saved is refused before anything is written
+        store = self.open_store()
+        with self._exclusively(stop):
+            log = self._own_log(store)
+            log.hold(stop)
+            self._tell_hold()
+            for remaining in reversed(range(SAVE_TRIES)):
+                try:
+                    with self._saving():
+                        self._save_once(store, log, source, stop, report, began)
+                except SourceChangedError as error:
+                    if not remaining:
+                        raise
+                    logger.info("Reading it again: %s", error)
+                    source = look()
+                else:
+                    return
+
+    def _save_once(
+        self, store: Store, log: TaskLog, source: Source, stop: Stop, report: Report | None, began: float
+    ) -> None:
+        ready = time.monotonic()
+        nonce = new_nonce()
+        try:
+            content, stored = _payload.upload(store, source, partial(log.next_payload_key, nonce), stop, report)
+        except NotFoundError:
+            # A newer attempt removes what older ones have half uploaded: if that is why, say so.
+            log.view(stop)
+            raise
+        uploaded = time.monotonic()
+        commit = log.commit(nonce, content, stored, stop)
+        tell_saved(
+            commit,
+            self.dest.uri,
+            prepare_s=ready - began,
+            upload_s=uploaded - ready,
+            commit_s=time.monotonic() - uploaded,
+        )
+
+    @contextmanager
+    def _saving(self) -> Generator[None]:
+        self._saves_under_way += 1
+        try:
+            yield
+        finally:
+            self._saves_under_way -= 1
+
+    # --- clear ---------------------------------------------------------------------------------
+
+    def clear(self, stop: Stop) -> None:
+        """What was saved so far exists no more. See ``Checkpoint.clear_sync``."""
+        self.expect_writable("clear")
+        store = self.open_store()
+        with self._exclusively(stop):
+            if self._saves_under_way:
+                raise UsageError("clear was called in the middle of a save of the same thread.", uri=store.uri)
+            log = self._own_log(store)
+            if not store.list_below(LOG, first_page=True).sizes and not self.sources:
+                return  # nothing was ever saved here
+            log.hold(stop)
+            self._tell_hold()
+            log.clear(stop)
+        logger.info("Cleared %s.", self.dest.uri)
+
+    # --- what is refused -----------------------------------------------------------------------
+
+    def expect_writable(self, verb: str) -> None:
+        """Raises if this attempt has ended (StaleAttemptError) or is a view (UsageError)."""
+        if self._ended:
+            raise StaleAttemptError(
+                f"The task call that this checkpoint belongs to has ended; it cannot {verb}.",
+                uri=self.dest.uri,
+                hint="Let what the call left running end; a new call has a checkpoint of its own.",
+            )
+        if self.read_only:
+            raise UsageError(
+                f"This is a read-only view; it cannot {verb}.",
+                uri=self.dest.uri,
+                hint="Use the task's own checkpoint: taskckpt.checkpoint() or Checkpoint(dest).",
+            )
+
+    def expect_outside(self, data: object) -> None:
+        """A folder that holds its own checkpoints would be saved with all of them, for ever growing."""
+        if not self.dest.is_local or not isinstance(data, (str, os.PathLike)) or not os.path.isdir(data):
+            return
+        if _workspace.contains(os.path.realpath(os.fsdecode(data)), os.path.realpath(self.dest.path)):
+            raise UsageError(
+                "The folder to be saved contains the place that it is saved to.",
+                uri=self.dest.uri,
+                hint="Save a subfolder, or set TASKCKPT_BASE to a place outside.",
+            )
+
+    def _expect_harmless(self, to: Target) -> str:
+        """Restoring must touch no checkpoint: neither replace the store nor write into it."""
+        folder = parse(to, what="to")
+        if not folder.is_local:
+            raise UsageError("load(to=...) restores into a local folder.", uri=folder.uri)
+        real = os.path.realpath(folder.path)
+        for place in (os.path.realpath(one.path) for one in (self.dest, *self.sources) if one.is_local):
+            if _workspace.contains(real, place) or _workspace.contains(place, real):
+                raise UsageError(
+                    "This folder is, contains or lies in a place where checkpoints are.",
+                    uri=folder.path,
+                    hint=f"Restore elsewhere than {place}.",
+                )
+        return folder.path
+
+    # --- inside --------------------------------------------------------------------------------
+
+    @property
+    def _claims(self) -> bool:
+        """Whether a load takes the task over."""
+        return not self.read_only and not self._ended
+
+    def _tell_hold(self) -> None:
+        if self._on_hold is not None and self._log is not None and self._log.holds:
+            tell, self._on_hold = self._on_hold, None
+            tell()
+
+    def open_store(self) -> Store:
+        """The task's store, opened at first use, and anew in a forked child."""
+        self._notice_fork()
+        if self.dest.in_one_process and self._home != os.getpid():
+            raise UsageError(
+                "memory:// is one process only, and this is a child process.",
+                uri=self.dest.uri,
+                hint="Use a folder or a bucket to share state between processes.",
+            )
+        if self._store is not None:
+            return self._store  # without the lock: a call that was cancelled must not wait for a long save
+        with self._lock:
+            if self._store is None:
+                self._store = open_store(self.dest, storage_options=self._storage_options, timeout_s=self._timeout_s)
+            return self._store
+
+    def _own_log(self, store: Store) -> TaskLog:
+        if self._log is None:
+            about = {"host": platform.node(), "pid": os.getpid()} | self._about
+            self._log = TaskLog(
+                store,
+                claim_nonce=self._claim_nonce,
+                keep=self._keep,
+                about={key: _plain(value) for key, value in about.items() if value is not None},
+                sources=tuple(source.record_uri for source in self.sources),
+            )
+            self._log.resumed_from = self._resumed_from
+        return self._log
+
+    def _notice_fork(self) -> None:
+        """In a forked child: the same claim, but a writer, connections and locks of its own."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._forget()
+
+    @contextmanager
+    def _exclusively(self, stop: Stop) -> Generator[None]:
+        # Re-entrant, so that a signal handler may save while the same thread is saving.
+        while not self._lock.acquire(timeout=LOCK_POLL_S):
+            stop.check()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        for name in ("_lock", "_store", "_log"):
+            del state[name]
+        state["_on_hold"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+        self._pid = os.getpid()
+
+
+class _Timed(Generic[T]):
+    """A function, and how long its latest call took."""
+
+    def __init__(self, function: Callable[[Origin, Loadable], T]) -> None:
+        self._function = function
+        self.seconds = 0.0
+
+    def __call__(self, origin: Origin, found: Loadable) -> T:
+        began = time.monotonic()
+        try:
+            return self._function(origin, found)
+        finally:
+            self.seconds = time.monotonic() - began
+
+
+def _plain(value: object) -> object:
+    """Fit for a record: names from the operating system may not be valid Unicode."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
