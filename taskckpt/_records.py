@@ -20,10 +20,10 @@ from taskckpt.errors import CorruptCheckpointError, UnsupportedFormatError
 
 FORMAT = 1
 
-# Bytes up to this size lie in the commit record: one request saves them, and a person can read them.
+# Bytes and states up to this size lie in the commit record: one request saves them, and a person can read them.
 INLINE_LIMIT_BYTES = 64 * 1024
 
-Kind = Literal["bytes", "file", "folder"]
+Kind = Literal["bytes", "file", "folder", "state"]
 
 _MODE = re.compile("[0-7]{1,4}")
 _MTIME = re.compile("-?[0-9]{1,19}")
@@ -67,7 +67,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a checkpoint holds once it is unpacked: the bytes of a file, or the tar stream of a folder."""
+    """What a checkpoint holds once it is unpacked: bytes, those of a file or state, or the tar stream of a folder."""
 
     kind: Kind
     digest: Digest
@@ -238,12 +238,12 @@ def decode(data: bytes, *, slot: int, uri: str) -> Record:
         record = _from_body(_Reader(body))
     except _Malformed as error:
         raise CorruptCheckpointError(f"Record {slot} is malformed: {error}.", uri=uri) from error
-    if record is None:
+    except _Newer as error:
         raise UnsupportedFormatError(
-            f"Record {slot} is of the unknown kind {body.get('kind')!r}.",
+            f"Record {slot} is {error}.",
             uri=uri,
             hint="A newer taskckpt wrote it: upgrade this one (pip install -U taskckpt).",
-        )
+        ) from error
     if record.stamp.slot != slot:
         raise CorruptCheckpointError(f"Record {slot} holds the content of record {record.stamp.slot}.", uri=uri)
     return record
@@ -264,7 +264,7 @@ def _checked_body(data: bytes, uri: str) -> dict[str, Any]:
     return cast("dict[str, Any]", body)
 
 
-def _from_body(body: _Reader) -> Record | None:
+def _from_body(body: _Reader) -> Record:
     stamp = Stamp(
         slot=body.integer("slot"),
         claim=_claim_from(body.object("claim")),
@@ -298,8 +298,8 @@ def _from_body(body: _Reader) -> Record | None:
             )
         case "clear":
             return Clear(stamp)
-        case _:
-            return None
+        case kind:
+            raise _Newer(f"of the unknown kind {kind!r}")
 
 
 def _claim_from(body: _Reader) -> ClaimId:
@@ -309,7 +309,7 @@ def _claim_from(body: _Reader) -> ClaimId:
 def _content_from(body: _Reader) -> Content:
     kind = body.string("kind")
     if kind not in get_args(Kind):
-        raise _Malformed(f"checkpoint of unknown kind {kind!r}")
+        raise _Newer(f"a commit of a checkpoint of the unknown kind {kind!r}")
     name = body.optional("name", _Reader.data)
     mode = body.optional("mode", _Reader.string)
     mtime_ns = body.optional("mtime_ns", _Reader.string)
@@ -349,6 +349,10 @@ def _number(text: str, pattern: re.Pattern[str], base: int) -> int:
 
 class _Malformed(Exception):  # noqa: N818 - becomes CorruptCheckpointError at the door
     """A field that is missing or of the wrong type; turned into CorruptCheckpointError at the door."""
+
+
+class _Newer(Exception):  # noqa: N818 - becomes UnsupportedFormatError at the door
+    """Something that this version does not know, and that must not be taken for damage."""
 
 
 ValueT = TypeVar("ValueT")
