@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -11,12 +11,12 @@ from hypothesis.configuration import set_hypothesis_home_dir
 
 from taskckpt import context
 from taskckpt.errors import MissingDependencyError
-from tests.servers import START, Address, OwnServers, Servers, SharedServers
+from tests.servers import S3, START, Address, OwnServers, Servers, SharedServers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from taskckpt.testing.servers import S3Server
+    from taskckpt.testing.servers import AzureServer, GCSServer, S3Server
 
 ROOT = Path(__file__).parent.parent
 SERVERS = pytest.StashKey[Servers]()
@@ -65,11 +65,11 @@ def _servers_of(item: pytest.Item) -> set[str]:
     names = set(getattr(item, "fixturenames", ()))
     chosen = getattr(item, "callspec", None)
     if chosen is not None:  # fixtures with a server for a parameter: s3_server and the like
-        names |= {value for value in chosen.params.values() if isinstance(value, str)}
+        names |= {value.partition("-")[0] for value in chosen.params.values() if isinstance(value, str)}
     return names & START.keys()
 
 
-def _server(config: pytest.Config, name: str) -> S3Server:
+def _server(config: pytest.Config, name: str) -> Any:
     try:
         return config.stash[SERVERS].get(name)
     except MissingDependencyError as error:
@@ -90,7 +90,19 @@ def seaweedfs(pytestconfig: pytest.Config) -> S3Server:
     return _server(pytestconfig, "seaweedfs")
 
 
-@pytest.fixture(scope="session", params=sorted(START))
+@pytest.fixture(scope="session")
+def fake_gcs(pytestconfig: pytest.Config) -> GCSServer:
+    """fake-gcs-server: Google Cloud Storage's JSON interface; checks no credentials."""
+    return _server(pytestconfig, "fake_gcs")
+
+
+@pytest.fixture(scope="session")
+def azurite(pytestconfig: pytest.Config) -> AzureServer:
+    """Azurite: Azure Blob Storage; refuses a wrong key."""
+    return _server(pytestconfig, "azurite")
+
+
+@pytest.fixture(scope="session", params=S3)
 def s3_server(request: pytest.FixtureRequest) -> S3Server:
     """Each of the S3 servers in turn."""
     return _server(request.config, request.param)
@@ -127,9 +139,10 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.umask(0o022)
     context._process.claims.clear()
     for name in os.environ:
-        if name.startswith(("AWS_", "TASKCKPT_")):
+        if name.startswith(("AWS_", "AZURE_", "GOOGLE_", "STORAGE_EMULATOR_", "TASKCKPT_")):
             monkeypatch.delenv(name)
     # The last places where AWS clients look for credentials: the user's files, the cloud's metadata.
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("NO_GCE_CHECK", "true")

@@ -6,19 +6,24 @@ import contextlib
 import functools
 import secrets
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from multiprocessing.connection import Client, Connection, Listener
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from taskckpt.testing import servers
 
-if TYPE_CHECKING:
-    from taskckpt.testing.servers import S3Server
-
-START = {"moto": servers.moto, "seaweedfs": servers.seaweedfs}
+S3 = ("moto", "seaweedfs")
+START: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "moto": servers.moto,
+    "seaweedfs": servers.seaweedfs,
+    "fake_gcs": servers.fake_gcs,
+    "azurite": servers.azurite,
+}
 
 
 class Servers(Protocol):
-    def get(self, name: str) -> S3Server: ...
+    def get(self, name: str) -> Any: ...
 
 
 class OwnServers:
@@ -26,10 +31,10 @@ class OwnServers:
 
     def __init__(self) -> None:
         self._stack = contextlib.ExitStack()
-        self._started: dict[str, S3Server | Exception] = {}
+        self._started: dict[str, Any] = {}
         self._lock = threading.Lock()
 
-    def get(self, name: str) -> S3Server:
+    def get(self, name: str) -> Any:
         with self._lock:
             if name not in self._started:
                 try:
@@ -82,7 +87,7 @@ class SharedServers(NamedTuple):
 
     address: Address
 
-    def get(self, name: str) -> S3Server:
+    def get(self, name: str) -> Any:
         place = ("127.0.0.1", self.address.port)
         with Client(place, authkey=bytes.fromhex(self.address.password)) as connection:
             connection.send(name)

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from taskckpt.errors import MissingDependencyError, UnavailableError
-from taskckpt.testing import servers
+from taskckpt.testing import _process, servers
 
 IF_ABSENT = {"If-None-Match": "*"}
 
@@ -105,6 +105,72 @@ def test_storage_options_and_environment_lead_to_the_server(s3_server, s3_bucket
         subprocess.run(command, check=True, env={**os.environ, **environment}, timeout=15)
 
 
+# --- Google Cloud Storage and Azure: what these servers share ----------------------------------------
+
+
+@pytest.fixture(params=["fake_gcs", "azurite"])
+def cloud_server(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_clouds_keep_objects_until_they_are_deleted(cloud_server):
+    with pytest.raises(UnavailableError, match="404"):
+        cloud_server.put("only-here", "a", b"one")
+    cloud_server.create_bucket("only-here")
+    body = os.urandom(10_000_000)
+    cloud_server.put("only-here", "a/b c", body)
+    cloud_server.put("only-here", "b", b"first")
+    cloud_server.put("only-here", "b", b"\0second")
+    assert cloud_server.get("only-here", "a/b c") == body
+    assert cloud_server.get("only-here", "b") == b"\0second"
+    assert cloud_server.keys("only-here") == ["a/b c", "b"]
+    assert cloud_server.keys("only-here", "a/") == ["a/b c"]
+    cloud_server.delete_bucket("only-here")
+    with pytest.raises(UnavailableError, match="404"):
+        cloud_server.keys("only-here")
+
+
+def test_azurite_refuses_a_wrong_key(azurite, new_bucket):
+    bucket = new_bucket(azurite)
+    with pytest.raises(UnavailableError, match="403"):
+        replace(azurite, key="d3Jvbmc=").put(bucket, "a", b"one")
+    with pytest.raises(UnavailableError, match="404"):
+        replace(azurite, account="nobody").put(bucket, "a", b"one")
+
+
+def test_clouds_have_one_winner(cloud_server, new_bucket):
+    bucket = new_bucket(cloud_server)
+    bodies = [b"%d" % i for i in range(16)]
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        statuses = list(pool.map(lambda body: put_if_absent(cloud_server, bucket, body), bodies))
+    assert statuses.count(statuses[0]) < len(statuses)
+    (winner,) = [i for i, status in enumerate(statuses) if status // 100 == 2]
+    assert set(statuses) - {statuses[winner]} <= {409, 412}
+    assert cloud_server.get(bucket, "slot") == bodies[winner]
+
+
+def put_if_absent(server, bucket, body):
+    if isinstance(server, servers.AzureServer):
+        headers = {**IF_ABSENT, "x-ms-blob-type": "BlockBlob"}
+        return server.request("PUT", f"/{bucket}/slot", body, headers=headers)[0]
+    parts = (b'--=\r\nContent-Type: application/json\r\n\r\n{"name": "slot"}', b"Content-Type: a/b\r\n\r\n" + body)
+    return server.request(
+        "POST",
+        f"/upload/storage/v1/b/{bucket}/o?uploadType=multipart&ifGenerationMatch=0",
+        b"\r\n--=\r\n".join(parts) + b"\r\n--=--",
+        headers={"Content-Type": 'multipart/related; boundary="="'},
+    )[0]
+
+
+def test_missing_clouds_are_named(monkeypatch):
+    monkeypatch.setattr("sys.prefix", "/nonexistent")
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    monkeypatch.setattr("taskckpt.testing._cloud_servers.find_spec", lambda _: None)
+    for start, what in ((servers.azurite, r"npm install.*azurite@"), (servers.fake_gcs, r"taskckpt\[testing\]")):
+        with pytest.raises(MissingDependencyError, match=what), start():
+            pytest.fail("started without its program")
+
+
 def test_moto_stops_with_its_data_and_takes_no_notice_of_others():
     before = set(threading.enumerate())
     with servers.moto() as one, servers.moto() as two:
@@ -118,10 +184,12 @@ def test_moto_stops_with_its_data_and_takes_no_notice_of_others():
     assert set(threading.enumerate()) == before
 
 
-def test_a_server_does_not_outlive_an_owner_that_was_killed():
+@pytest.mark.parametrize("name", ["moto", "fake_gcs", "azurite"])
+def test_a_server_does_not_outlive_an_owner_that_was_killed(name, request):
+    request.getfixturevalue(name)  # skipped where it is not installed
     code = (
-        "from taskckpt.testing.servers import moto\n"
-        "with moto() as server:\n"
+        f"from taskckpt.testing.servers import {name}\n"
+        f"with {name}() as server:\n"
         "    print(server.pid, flush=True)\n"
         "    input()\n"
     )
@@ -145,7 +213,7 @@ def test_a_server_that_cannot_start_says_why():
         return replace(made, command=[sys.executable, "-c", "raise SystemExit('no such luck')"])
 
     with pytest.raises(UnavailableError, match=r"(?s)ended with exit status 1.*no such luck"):
-        servers._start(broken, 10)
+        _process.start(broken, 10)
 
 
 def test_a_missing_wheel_is_named(monkeypatch):

@@ -4,7 +4,8 @@
 - ``intercepted``: a hook around every request to a store, to watch, break, pause or kill it there.
 - ``InterceptedStore``: the same for one store.
 - ``StoreContract``: the tests that every store must pass, to be subclassed by its author.
-- ``taskckpt.testing.servers``: S3 servers of one's own, from wheels (``pip install "taskckpt[testing]"``).
+- ``taskckpt.testing.servers``: servers of one's own for S3, Google Cloud Storage and Azure
+  (``pip install "taskckpt[testing]"``).
 """
 
 from taskckpt.testing._contract import StoreContract

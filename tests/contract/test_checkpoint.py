@@ -154,7 +154,7 @@ def test_what_cannot_be_saved_is_refused_and_leaves_nothing(place, way, tmp_path
         (tmp_path / "pipe", UsageError, "pipe"),
         (None, UsageTypeError, "bytes"),
         (7, UsageTypeError, "bytes"),
-        ({"step": 1}, UsageTypeError, "bytes"),
+        ({"step": object()}, UsageTypeError, "step" if way.name == "later" else "save_state()"),
         (["a"], UsageTypeError, "bytes"),
         (os.fsencode(tmp_path), None, ""),
     ):

@@ -1,4 +1,4 @@
-"""The contract of a store, over the four that come with the package."""
+"""The contract of a store, over those that come with the package, and over both transfers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from taskckpt import _obstore
 from taskckpt._fsspec import FsspecStore
 from taskckpt._local import PARTIAL
 from taskckpt._s3 import PART_BYTES
@@ -72,6 +73,25 @@ class TestSeaweedFS(StoreContract):
 
     def leftovers(self, store):
         return uploads(self.place)
+
+
+class TestMotoThroughObstore(TestMoto):
+    part_bytes = _obstore.PART_BYTES
+
+    # Forked children of the process that uses obstore go through s3fs: some tests here are about both at once.
+    @pytest.fixture
+    def open_at(self, moto_obstore_place):
+        self.place = moto_obstore_place
+        return moto_obstore_place.open
+
+
+class TestSeaweedFSThroughObstore(TestSeaweedFS):
+    part_bytes = _obstore.PART_BYTES
+
+    @pytest.fixture
+    def open_at(self, seaweedfs_obstore_place):
+        self.place = seaweedfs_obstore_place
+        return seaweedfs_obstore_place.open
 
 
 class TestAnyFsspec(StoreContract):

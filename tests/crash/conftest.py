@@ -32,6 +32,13 @@ def s3_forks() -> Iterator[Forker]:
 
 
 @pytest.fixture(scope="session")
+def cloud_forks() -> Iterator[Forker]:
+    """The same for clients of Google Cloud Storage and Azure."""
+    with forker("tests.crash.warm_clouds") as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files and folders that are saved."""
     folder = tmp_path_factory.mktemp("sources")

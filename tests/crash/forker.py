@@ -31,10 +31,11 @@ class Job:
     """What a child does.
 
     Attributes:
-        steps: ``save NAME``, ``load``, ``load to FOLDER``, ``clear``; ``new`` begins a new attempt,
+        steps: ``save NAME``, ``later NAME`` (in the background, and waits for it), ``begin NAME``, ``wait``, ``load``, ``load to FOLDER``, ``clear``; ``new`` begins a new attempt,
             ``look`` loads without taking the task over; ``async NAME`` is a save that ``how="cancel"`` cancels.
         sources: Where the files and folders lie that are saved.
-        layer: Which calls are counted: ``disk`` or ``s3``.
+        layer: Which calls are counted: those that change a ``disk``, those of ``s3`` or ``obstore``, or any
+            ``http`` client's.
         at, when, how: At the ``at``-th call (0: never), ``before`` it, in the ``middle`` or ``after`` it.
         skip: The calls of the first so many steps are not counted.
         then: Steps of a process that was disturbed and lives on.
@@ -150,10 +151,16 @@ class _Child:
     def run(self) -> None:
         job = self._job
         os.environ["TASKCKPT_TMP"] = str(job.tmp)
+        os.environ["TASKCKPT_TRANSFER"] = "obstore" if job.layer == "obstore" else "fsspec"
         os.setpgid(0, 0)
         self._prepare()
-        watch = interruption.watch_disk if job.layer == "disk" else interruption.watch_s3
-        watch(self._interruption)
+        watches = {
+            "disk": interruption.watch_disk,
+            "s3": interruption.watch_s3,
+            "obstore": interruption.watch_obstore,
+            "http": interruption.watch_http,
+        }
+        watches[job.layer](self._interruption)
         steps = list(job.steps)
         while steps:
             self._interruption.counting = len(job.steps) - len(steps) >= job.skip
@@ -209,6 +216,12 @@ class _Child:
             self._checkpoint = self._new()
         elif verb == "save":
             self._checkpoint.save_sync(_data(argument, sources))
+        elif verb == "later":
+            self._checkpoint.save_later(_data(argument, sources), policy="queue").result()
+        elif verb == "begin":
+            self._checkpoint.save_later(_data(argument, sources), policy="queue")
+        elif verb == "wait":
+            self._checkpoint.wait()
         elif verb == "async":
             return self._save_and_cancel(_data(argument, sources))
         elif verb == "clear":

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from taskckpt.testing.servers import S3Server
+from taskckpt.testing.servers import AzureServer, GCSServer, S3Server
 
 
 class Place(NamedTuple):
@@ -79,3 +79,12 @@ def s3_place(server: S3Server, bucket: str, prefix: str) -> Place:
     status, uploads = server.request("GET", f"/{bucket}?uploads")
     assert status == 200
     return Place(objects, re.findall(r"<Key>([^<]+)</Key>", uploads.decode()))
+
+
+def cloud_place(server: GCSServer | AzureServer, bucket: str, prefix: str) -> Place:
+    keys = server.keys(bucket, f"{prefix}/")
+    objects = {key.removeprefix(f"{prefix}/"): server.get(bucket, key) for key in keys}
+    uploads = []
+    if isinstance(server, AzureServer):
+        uploads = sorted(set(server.keys(bucket, f"{prefix}/", uncommitted=True)) - set(keys))
+    return Place(objects, uploads)

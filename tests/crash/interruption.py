@@ -111,6 +111,64 @@ def watch_s3(interruption: Interruption) -> None:
     s3fs.S3FileSystem.call_s3 = sync_wrapper(call)
 
 
+def watch_obstore(interruption: Interruption) -> None:
+    """Wraps what changes a bucket through obstore, under the names that it has in S3, for the rest of this process."""
+    import obstore
+
+    def around(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*arguments: Any, **named: Any) -> Any:
+            now = interruption.is_now(name)
+            if now and interruption.when == "before":
+                interruption.act()
+            try:
+                return call(*arguments, **named)
+            finally:
+                if now and interruption.when == "after":
+                    interruption.act()
+
+        return wrapper
+
+    class Writer:
+        def __init__(self, writer: Any) -> None:
+            self.write = around("upload_part", writer.write)
+            self.close = around("complete_multipart_upload", writer.close)
+            self._writer = writer
+
+        def __exit__(self, *reason: object) -> None:
+            around("abort_multipart_upload", self._writer.__exit__)(*reason)
+
+    open_writer = obstore.open_writer
+    begin = around("create_multipart_upload", lambda *given, **named: Writer(open_writer(*given, **named)))
+    replaced: Any = obstore
+    replaced.open_writer = begin
+    replaced.put = around("put_object", obstore.put)
+    replaced.delete = around("delete_objects", obstore.delete)
+
+
+def watch_http(interruption: Interruption) -> None:
+    """Wraps the requests of aiohttp that change anything, for the rest of this process: gcsfs's and adlfs's."""
+    import aiohttp
+    import yarl
+
+    original = aiohttp.ClientSession._request
+
+    async def request(self: Any, method: str, url: Any, **named: Any) -> Any:
+        query = {**yarl.URL(url).query, **(named.get("params") or {})}
+        name = "-".join(filter(None, (method.upper(), query.get("comp") or query.get("uploadType"))))
+        # Where a session of an upload goes on, its kind and its key are in the address, and are not what happens.
+        name = "PUT" if "upload_id" in query else name
+        now = name[:3] != "GET" and name[:4] != "HEAD" and interruption.is_now(name)
+        if now and interruption.when == "before":
+            interruption.act()
+        try:
+            return await original(self, method, url, **named)
+        finally:
+            if now and interruption.when == "after":
+                interruption.act()
+
+    aiohttp.ClientSession._request = request  # type: ignore[assignment]
+
+
 # --- what may happen ---------------------------------------------------------------------------
 
 

@@ -38,7 +38,7 @@ def states(before: str, steps: Sequence[str]) -> list[str]:
     found = [before]
     for step in steps:
         verb, _, name = step.partition(" ")
-        found.append(name if verb in ("save", "async") else NOTHING if verb == "clear" else found[-1])
+        found.append(name if verb in ("save", "later", "async") else NOTHING if verb == "clear" else found[-1])
     return found
 
 

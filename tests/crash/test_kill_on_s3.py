@@ -29,12 +29,14 @@ STORIES: dict[str, tuple[Sequence[str], int, int]] = {
 class Bucket:
     """Kills attempts in a bucket, each below a prefix of its own."""
 
-    def __init__(self, forks: Forker, sources: Path, tmp: Path, server: S3Server, bucket: str) -> None:
+    def __init__(
+        self, forks: Forker, sources: Path, tmp: Path, server: S3Server, bucket: str, layer: str = "s3"
+    ) -> None:
         self.forks = forks
         self._server = server
         self._bucket = bucket
         self._number = 0
-        self.job = Job("", [], sources, tmp, storage_options=server.storage_options, layer="s3")
+        self.job = Job("", [], sources, tmp, storage_options=server.storage_options, layer=layer)
 
     def calls(self, job: Job) -> list[str]:
         outcome = self.forks.run(self.below_a_new_prefix(job))
@@ -61,9 +63,12 @@ class Bucket:
         return replace(job, dest=f"s3://{self._bucket}/{self._number}")
 
 
-@pytest.fixture
-def bucket(s3_forks, sources, quick_path, s3_server, s3_bucket):
-    return Bucket(s3_forks, sources, quick_path, s3_server, s3_bucket)
+@pytest.fixture(params=["moto-s3", "seaweedfs-s3", "seaweedfs-obstore"])
+def bucket(request, s3_forks, sources, quick_path, new_bucket):
+    """A server, and the transfer that reaches it."""
+    name, _, layer = request.param.partition("-")
+    server = request.getfixturevalue(name)
+    return Bucket(s3_forks, sources, quick_path, server, new_bucket(server), layer)
 
 
 def kill_at(bucket: Bucket, job: Job, calls: Sequence[str], moments: Iterable[tuple[int, str]]) -> set[str]:
