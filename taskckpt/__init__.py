@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from taskckpt import engines, errors
     from taskckpt._checkpoint import Checkpoint
+    from taskckpt._pending import PendingSave
     from taskckpt._task import task
     from taskckpt.context import TaskContext, checkpoint, ctx
     from taskckpt.errors import StaleAttemptError, TaskckptError, TaskckptWarning
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Checkpoint",
+    "PendingSave",
     "StaleAttemptError",
     "TaskContext",
     "TaskckptError",
@@ -39,6 +41,7 @@ __all__ = [
 # Where each name lives. Loaded when it is first used: a script that only might save starts 60 ms sooner.
 _HOMES = {
     "Checkpoint": "taskckpt._checkpoint",
+    "PendingSave": "taskckpt._pending",
     "StaleAttemptError": "taskckpt.errors",
     "TaskContext": "taskckpt.context",
     "TaskckptError": "taskckpt.errors",

@@ -12,7 +12,8 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -36,6 +37,7 @@ _SMALL_BYTES = 256 << 10
 # The coarsest tick of a kernel (HZ=100): two writes within one may leave the same time stamp.
 _CLOCK_TICK_NS = 10_000_000
 _OPEN_FOLDERS = 64
+_PADDINGS = tuple(map(bytes, range(_tar.BLOCK)))
 
 _QUIET = "Save when nothing writes to the folder, or let writers use a temporary name and rename."
 _GONE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ESTALE))
@@ -170,21 +172,33 @@ def scan(root: Path) -> Tree:
     return Tree(root, tuple(entries), size_bytes, tar_size_bytes)
 
 
-def pack(tree: Tree) -> Iterator[bytes]:
+def pack(tree: Tree) -> Generator[bytes | memoryview]:
     """The uncompressed tar stream of a scanned folder, in chunks of at most 1 MiB, small files together in one.
 
-    The last chunk comes only after a second look at the whole folder found it unchanged.
+    A chunk is valid until the next is asked for. The last one comes only after a second look at the whole folder found
+    it unchanged.
 
     Raises:
         SourceChangedError: Something changed since ``scan``; the message names it. Scan and pack again.
         DeniedError: A file cannot be read.
         UnavailableError: The disk failed to read one.
     """
+    with reading(tree) as folders:
+        yield from _contents(tree, folders)
+    yield _tar.END
+
+
+@contextmanager
+def reading(tree: Tree) -> Generator[OpenFolders]:
+    """For whoever reads all files of a scanned folder: at the end, all of it must be as it was.
+
+    Raises:
+        SourceChangedError: Something changed since ``scan``; the message names it.
+    """
     _wait_for_next_tick(tree)
     with _open_root(tree.root) as folders:
-        yield from _contents(tree, folders)
+        yield folders
     _compare(tree)
-    yield _tar.END
 
 
 def _wait_for_next_tick(tree: Tree) -> None:
@@ -321,7 +335,7 @@ def _refuse(root: Path, name: bytes, why: str) -> NoReturn:
     )
 
 
-def _contents(tree: Tree, folders: OpenFolders) -> Iterator[bytes]:
+def _contents(tree: Tree, folders: OpenFolders) -> Iterator[bytes | memoryview]:
     parts: list[bytes] = []
     filled = 0
     for entry in tree.entries:
@@ -341,13 +355,14 @@ def _contents(tree: Tree, folders: OpenFolders) -> Iterator[bytes]:
         elif entry.kind == FILE:
             parts.append(_read_small(tree.root, folders, entry))
         if padding:
-            parts.append(bytes(padding))
+            parts.append(_PADDINGS[padding])
         filled += len(head) + size + padding
     if parts:
         yield b"".join(parts)
 
 
-def _open_file(root: Path, folders: OpenFolders, entry: Entry) -> int:
+def open_file(root: Path, folders: OpenFolders, entry: Entry) -> int:
+    """A descriptor to read a file that ``scan`` found; the caller closes it."""
     folder, _, base = entry.name.rpartition(b"/")
     try:
         return os.open(base, _READ, dir_fd=folders.fd(folder))
@@ -356,7 +371,7 @@ def _open_file(root: Path, folders: OpenFolders, entry: Entry) -> int:
 
 
 def _read_small(root: Path, folders: OpenFolders, entry: Entry) -> bytes:
-    fd = _open_file(root, folders, entry)
+    fd = open_file(root, folders, entry)
     try:
         _check_unchanged(root, entry, os.fstat(fd))
         # One byte more than expected tells a file that grew; what else changes shows in the second look at all.
@@ -372,28 +387,29 @@ def _read_small(root: Path, folders: OpenFolders, entry: Entry) -> bytes:
     return data
 
 
-def _read_large(root: Path, folders: OpenFolders, entry: Entry) -> Iterator[bytes]:
-    fd = _open_file(root, folders, entry)
+def _read_large(root: Path, folders: OpenFolders, entry: Entry) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    fd = open_file(root, folders, entry)
     try:
         _check_unchanged(root, entry, os.fstat(fd))
         missing = entry.size
         while missing:
-            data = _read_some(root, entry, fd, min(missing, CHUNK_BYTES))
-            missing -= len(data)
-            yield data
+            count = _read_some(root, entry, fd, buffer[: min(missing, CHUNK_BYTES)])
+            missing -= count
+            yield buffer[:count]
         _check_unchanged(root, entry, os.fstat(fd))
     finally:
         os.close(fd)
 
 
-def _read_some(root: Path, entry: Entry, fd: int, size: int) -> bytes:
+def _read_some(root: Path, entry: Entry, fd: int, buffer: memoryview) -> int:
     try:
-        data = os.read(fd, size)
+        count = os.readv(fd, (buffer,))
     except OSError as error:
         raise _failed(error, root, entry.name) from error
-    if not data:
+    if not count:
         _changed(root, entry.name, "shrank")
-    return data
+    return count
 
 
 def _check_unchanged(root: Path, entry: Entry, info: os.stat_result) -> None:

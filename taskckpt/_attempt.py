@@ -100,6 +100,7 @@ class Attempt:
         self._store: Store | None = None
         self._log: TaskLog | None = None
         self._saves_under_way = 0
+        self._holder: int | None = None
 
     def end(self) -> None:
         """The task call that this belongs to has ended: what it left running in this process may save no more."""
@@ -167,8 +168,10 @@ class Attempt:
     # --- save ----------------------------------------------------------------------------------
 
     def save(self, look: Callable[[], Source], stop: Stop, report: Report | None) -> None:
-        """Saves what ``look`` finds; a source that changes while it is read is looked at again. See ``Checkpoint``."""
-        self.expect_writable("save")
+        """Saves what ``look`` finds; a source that changes while it is read is looked at again. See ``Checkpoint``.
+
+        Not refused after the end of the task call: the caller has asked ``expect_writable``, perhaps a while ago.
+        """
         began = time.monotonic()
         source = look()  # what cannot be saved is refused before anything is written
         store = self.open_store()
@@ -220,8 +223,7 @@ class Attempt:
     # --- clear ---------------------------------------------------------------------------------
 
     def clear(self, stop: Stop) -> None:
-        """What was saved so far exists no more. See ``Checkpoint.clear_sync``."""
-        self.expect_writable("clear")
+        """What was saved so far exists no more. See ``Checkpoint.clear_sync``; the caller asks ``expect_writable``."""
         store = self.open_store()
         with self._exclusively(stop):
             if self._saves_under_way:
@@ -327,12 +329,24 @@ class Attempt:
     @contextmanager
     def _exclusively(self, stop: Stop) -> Generator[None]:
         # Re-entrant, so that a signal handler may save while the same thread is saving.
+        inside = self.is_busy_here
         while not self._lock.acquire(timeout=LOCK_POLL_S):
             stop.check()
         try:
+            self._holder = threading.get_ident()
             yield
         finally:
+            if not inside:
+                self._holder = None
             self._lock.release()
+
+    @property
+    def is_busy_here(self) -> bool:
+        """Whether this thread is in the middle of a verb, and this is a signal handler or a report of progress.
+
+        It must wait for no other thread that wants to save.
+        """
+        return self._holder == threading.get_ident()
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)

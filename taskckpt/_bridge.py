@@ -50,3 +50,20 @@ async def in_thread(function: Callable[[Stop], T]) -> T:
         if error is not None and not isinstance(error, Stopped):
             raise asyncio.CancelledError from error
         raise
+
+
+async def called_back(call_at_the_end: Callable[[Callable[[], None]], None]) -> None:
+    """Waits, without blocking the loop, for what calls back from any thread when it has ended."""
+    loop = asyncio.get_running_loop()
+    ended = loop.create_future()
+
+    def wake() -> None:
+        if not ended.done():  # who waited may have been cancelled
+            ended.set_result(None)
+
+    def call() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop may have been closed
+            loop.call_soon_threadsafe(wake)
+
+    call_at_the_end(call)
+    await ended

@@ -18,9 +18,11 @@ from taskckpt._arguments import (
     checked_timeout,
 )
 from taskckpt._attempt import Attempt, Use
+from taskckpt._later import Later, checked_policy
 from taskckpt._layout import LOG, keyed_prefix, task_prefix
 from taskckpt._operation import Stop
-from taskckpt._payload import Data
+from taskckpt._payload import Data, Source
+from taskckpt._pending import PendingSave, Policy, deadline_in
 from taskckpt._progress import Progress, checked_progress, reporting
 from taskckpt._store import Location, is_unset, open_store, parse
 from taskckpt.errors import NotFoundError, UsageError
@@ -78,12 +80,14 @@ class Checkpoint:
             read_only=read_only,
             src_kind=checked_kind(src_kind),
         )
+        self._later = Later(self._attempt)
         self._path: Path | None = None
 
     @classmethod
     def _with(cls, attempt: Attempt) -> Self:
         self = cls.__new__(cls)
         self._attempt = attempt
+        self._later = Later(attempt)
         self._path = None
         return self
 
@@ -213,6 +217,7 @@ class Checkpoint:
         return await _in_thread(partial(self._load, to=to, replace=replace, progress=checked_progress(progress)))
 
     def _load(self, stop: Stop, to: Target | None, replace: bool, progress: Progress | None) -> Path | None:
+        self._later.settle(stop)
         with reporting(progress, "load") as report:
             restored = self._attempt.restore(stop, report, to=to, replace=replace)
         if restored is None:
@@ -232,8 +237,23 @@ class Checkpoint:
         return await _in_thread(partial(self._read, use=_payload.read_all, progress=checked_progress(progress)))
 
     def _read(self, stop: Stop, use: Use[T], progress: Progress | None) -> T | None:
+        self._later.settle(stop)
         with reporting(progress, "load") as report:
             return self._attempt.read(use, stop, report)
+
+    def load_state_sync(self, *, progress: Progress | None = None) -> dict[str, Any] | None:
+        """The newest good checkpoint of a state, as ``save_state_sync`` got it; None if nothing was saved yet.
+
+        Arrays come back on the host, as those of the library that made them, which must be installed. Nothing
+        in a checkpoint is ever executed.
+
+        Raises: As ``load_sync``; UsageError if it is no state; MissingDependencyError.
+        """
+        return self._read(Stop(), _payload.read_state, checked_progress(progress))
+
+    async def load_state(self, *, progress: Progress | None = None) -> dict[str, Any] | None:
+        """``load_state_sync`` without blocking the event loop."""
+        return await _in_thread(partial(self._read, use=_payload.read_state, progress=checked_progress(progress)))
 
     def prev_exists(self) -> bool:
         """Whether ``load`` would find something (or something damaged). Looks, and never takes the task over."""
@@ -259,19 +279,88 @@ class Checkpoint:
             UnavailableError, StorageFullError, DeniedError: Nothing was saved.
             UsageError, NotFoundError: ``data`` is nothing that can be saved.
         """
-        self._save(Stop(), data, checked_progress(progress))
+        self._save(Stop(), partial(_payload.source_of, data), data, checked_progress(progress))
 
     async def save(self, data: Data, *, progress: Progress | None = None) -> None:
         """``save_sync`` without blocking the event loop.
 
         A cancelled save has ended when the cancellation arrives: it never commits afterwards.
         """
-        await _in_thread(partial(self._save, data=data, progress=checked_progress(progress)))
+        await _in_thread(
+            partial(self._save, look=partial(_payload.source_of, data), data=data, progress=checked_progress(progress))
+        )
 
-    def _save(self, stop: Stop, data: Data, progress: Progress | None) -> None:
+    def save_state_sync(self, state: Mapping[str, Any], *, progress: Progress | None = None) -> None:
+        """Saves a dict of plain values, containers, and arrays of NumPy, PyTorch and JAX, without pickle.
+
+        It is as durable as ``save_sync`` makes it. Stored is one safetensors file, which ``load`` gives as
+        ``path/"payload"``. What else may be in a state, and what of it is kept, is said in the guide.
+
+        Args:
+            state: Nobody may change it before this returns.
+            progress: As for ``load_sync``.
+
+        Raises:
+            UsageTypeError: There is something in it that would not come back; the message names its path.
+            As ``save_sync`` otherwise.
+        """
+        self._save(Stop(), partial(_payload.state_source, state), state, checked_progress(progress))
+
+    async def save_state(self, state: Mapping[str, Any], *, progress: Progress | None = None) -> None:
+        """``save_state_sync`` without blocking the event loop."""
+        await _in_thread(
+            partial(
+                self._save, look=partial(_payload.state_source, state), data=state, progress=checked_progress(progress)
+            )
+        )
+
+    def _save(self, stop: Stop, look: Callable[[], Source], data: object, progress: Progress | None) -> None:
+        self._attempt.expect_writable("save")
         self._attempt.expect_outside(data)
+        self._later.settle(stop)
         with reporting(progress, "save") as report:
-            self._attempt.save(partial(_payload.source_of, data), stop, report)
+            self._attempt.save(look, stop, report)
+
+    def save_later(
+        self, data: Data | Mapping[str, Any], *, policy: Policy = "latest", progress: Progress | None = None
+    ) -> PendingSave:
+        """Saves in the background: returns as soon as the caller may change ``data`` again.
+
+        ``bytes`` are kept as they are; other memory, and the arrays of a state, are copied to memory; a file or
+        folder is copied into this process's private folder (``TASKCKPT_TMP``), which costs nothing where that is
+        on the same file system and this one can share blocks (XFS, Btrfs). One save at a time is in flight.
+        Saves are committed in the order of the calls: ``save``, ``load`` and ``clear`` wait for those before.
+
+        An error of the background is raised by whichever comes first: ``result()`` or ``await`` of what this
+        returns, ``wait``, the next call of any verb that loads, saves or clears, and the end of the ``@task``
+        call. What is pending when the ``@task`` call ends, or else the process (not if it is killed), is
+        waited for there.
+
+        Args:
+            data: What ``save_sync`` takes, or a dict, as ``save_state_sync`` takes it.
+            policy: With ``"latest"`` one save waits, and a newer one takes its place: what that would have
+                saved never is. With ``"queue"`` every one is saved: this call waits until no other one does.
+            progress: As for ``load_sync``.
+
+        Raises:
+            UsageError, NotFoundError, SourceChangedError: As ``save_sync``, and at once.
+            StorageFullError: There is no room for the copy.
+            The error of an earlier save in the background: then this one has not begun.
+        """
+        return self._later.save(data, checked_policy(policy), checked_progress(progress))
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Waits until all that ``save_later`` began so far has ended. Ctrl-C ends the waiting, not the saves.
+
+        Args:
+            timeout_s: How many seconds to wait at most; None: for ever.
+
+        Raises:
+            StillPendingError: It has not ended in time. Also a ``TimeoutError``.
+            The first error of those saves that nobody got yet.
+        """
+        self._later.wait(deadline_in(timeout_s))
+        self._later.raise_failures()
 
     def clear_sync(self) -> None:
         """Starts over: what was saved so far exists no more, for this and every later attempt.
@@ -279,15 +368,21 @@ class Checkpoint:
         Raises:
             StaleAttemptError: A newer attempt has the task; nothing was cleared.
         """
-        self._attempt.clear(Stop())
+        self._clear(Stop())
 
     async def clear(self) -> None:
         """``clear_sync`` without blocking the event loop."""
-        await _in_thread(self._attempt.clear)
+        await _in_thread(self._clear)
+
+    def _clear(self, stop: Stop) -> None:
+        self._attempt.expect_writable("clear")
+        self._later.settle(stop)
+        self._attempt.clear(stop)
 
     def _end(self) -> None:
         """The task call that this belongs to has ended."""
         self._attempt.end()
+        self._later.end()
 
 
 async def _in_thread(function: Callable[[Stop], T]) -> T:

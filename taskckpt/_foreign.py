@@ -9,11 +9,11 @@ import bz2
 import itertools
 import lzma
 import shutil
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from taskckpt import _extract, _gzip
 from taskckpt._layout import LOG
@@ -22,6 +22,9 @@ from taskckpt._operation import Stop
 from taskckpt._records import Kind
 from taskckpt._store import Store
 from taskckpt.errors import CorruptCheckpointError, MissingDependencyError, UsageError
+
+# Each is valid until the next is asked for; closed by whoever may stop early.
+Chunks: TypeAlias = "Generator[bytes | memoryview]"
 
 PIECE_BYTES = 1024 * 1024
 BITE_BYTES = 64
@@ -63,7 +66,7 @@ def look(store: Store, src_kind: str, stop: Stop) -> ForeignObject | None:
         return None
     if src_kind == "bytes":
         return ForeignObject(store.uri, size, "bytes")
-    head = next(iter(store.stream("", min(size, PIECE_BYTES), stop)), b"") if size else b""
+    head = bytes(next(iter(store.stream("", min(size, PIECE_BYTES), stop)), b"")) if size else b""
     compression = _compression_of(head)
     if src_kind == "folder":
         return ForeignObject(store.uri, size, "folder", compression)
@@ -71,7 +74,7 @@ def look(store: Store, src_kind: str, stop: Stop) -> ForeignObject | None:
     return ForeignObject(store.uri, size, "folder", compression) if is_tar else ForeignObject(store.uri, size, "bytes")
 
 
-def chunks_of(store: Store, foreign: ForeignObject, stop: Stop) -> Generator[bytes]:
+def chunks_of(store: Store, foreign: ForeignObject, stop: Stop) -> Chunks:
     """The object's bytes; a wrong count is all that can be noticed, since nobody recorded a digest."""
     size = 0
     for chunk in store.stream("", foreign.size_bytes, stop):
@@ -86,8 +89,10 @@ def restore_folder(store: Store, foreign: ForeignObject, folder: str, stop: Stop
     with translating(folder):
         room = max(shutil.disk_usage(folder).free - SPARE_DISK_BYTES, 0)
     limits = _extract.Limits(bytes=room, entries=MAX_ENTRIES)
-    with closing(chunks_of(store, foreign, stop)) as chunks:
-        tar = _DECOMPRESS[foreign.compression](chunks, foreign.uri)
+    with (
+        closing(chunks_of(store, foreign, stop)) as chunks,
+        closing(_DECOMPRESS[foreign.compression](chunks, foreign.uri)) as tar,
+    ):
         _extract.extract(tar, Path(folder), limits, foreign=True)
         for _ in tar:
             pass
@@ -114,10 +119,11 @@ def _holds_tar(head: bytes, compression: str | None, uri: str) -> bool:
     try:
         # In small bites: of a damaged archive too, what comes before the damage tells that it is one.
         bites = (head[at : at + BITE_BYTES] for at in range(0, len(head), BITE_BYTES))
-        for piece in _DECOMPRESS[compression](bites, uri):
-            start += piece
-            if len(start) >= wanted:
-                break
+        with closing(_DECOMPRESS[compression](bites, uri)) as pieces:
+            for piece in pieces:
+                start += piece
+                if len(start) >= wanted:
+                    break
     except CorruptCheckpointError:
         pass  # the head of a stream ends early, and a damaged one is noticed when it is restored
     return bytes(start) == _EMPTY_TAR or _extract.looks_like_tar(bytes(start[:512]))
@@ -133,19 +139,19 @@ class _Decompressor(Protocol):
     def needs_input(self) -> bool: ...
     @property
     def unused_data(self) -> bytes: ...
-    def decompress(self, data: bytes, max_length: int = -1) -> bytes: ...
+    def decompress(self, data: bytes | memoryview, max_length: int = -1) -> bytes: ...
 
 
-def _plain(chunks: Iterator[bytes], uri: str) -> Iterator[bytes]:  # noqa: ARG001
+def _plain(chunks: Chunks, uri: str) -> Chunks:  # noqa: ARG001
     return chunks
 
 
-def _gunzip(chunks: Iterator[bytes], uri: str) -> Iterator[bytes]:  # noqa: ARG001
+def _gunzip(chunks: Chunks, uri: str) -> Chunks:  # noqa: ARG001
     return _gzip.decompress(chunks)
 
 
-def _through(new: Callable[[], Any], failures: tuple[type[Exception], ...]) -> Callable[..., Iterator[bytes]]:
-    def decompress(chunks: Iterator[bytes], uri: str) -> Iterator[bytes]:
+def _through(new: Callable[[], Any], failures: tuple[type[Exception], ...]) -> Callable[..., Chunks]:
+    def decompress(chunks: Chunks, uri: str) -> Chunks:
         try:
             yield from _pieces(new, chunks)
         except failures as error:
@@ -154,7 +160,7 @@ def _through(new: Callable[[], Any], failures: tuple[type[Exception], ...]) -> C
     return decompress
 
 
-def _pieces(new: Callable[[], _Decompressor], chunks: Iterator[bytes]) -> Iterator[bytes]:
+def _pieces(new: Callable[[], _Decompressor], chunks: Chunks) -> Chunks:
     """Bounded pieces of a stream of one or several compressed members."""
     decompressor: _Decompressor | None = None
     for chunk in chunks:
@@ -169,7 +175,7 @@ def _pieces(new: Callable[[], _Decompressor], chunks: Iterator[bytes]) -> Iterat
         raise EOFError("it ends too early")
 
 
-def _unzstd(chunks: Iterator[bytes], uri: str) -> Iterator[bytes]:
+def _unzstd(chunks: Chunks, uri: str) -> Chunks:
     try:
         import zstandard  # pyright: ignore[reportMissingImports] - optional
     except ImportError as error:
@@ -192,17 +198,17 @@ def _unzstd(chunks: Iterator[bytes], uri: str) -> Iterator[bytes]:
 class _Readable:
     """A stream of chunks as the ``read`` that zstandard asks for."""
 
-    def __init__(self, chunks: Iterable[bytes]) -> None:
+    def __init__(self, chunks: Iterable[bytes | memoryview]) -> None:
         self._chunks = iter(chunks)
         self._rest = b""
 
     def read(self, size: int) -> bytes:
-        self._rest = self._rest or next(self._chunks, b"")
+        self._rest = self._rest or bytes(next(self._chunks, b""))
         piece, self._rest = self._rest[:size], self._rest[size:]
         return piece
 
 
-_DECOMPRESS: dict[str | None, Callable[[Iterator[bytes], str], Iterator[bytes]]] = {
+_DECOMPRESS: dict[str | None, Callable[[Chunks, str], Chunks]] = {
     None: _plain,
     "gzip": _gunzip,
     "bzip2": _through(bz2.BZ2Decompressor, (OSError, ValueError, EOFError)),

@@ -8,11 +8,20 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from taskckpt._operation import Stop, ordered_map, with_retries
-from taskckpt._store import CHUNK_BYTES, NO_ROOM, S3_PROTOCOLS, Listing, Location, Store
+from taskckpt._store import (
+    AZURE_PROTOCOLS,
+    CHUNK_BYTES,
+    GCS_PROTOCOLS,
+    NO_ROOM,
+    S3_PROTOCOLS,
+    Listing,
+    Location,
+    Store,
+)
 from taskckpt.errors import (
     AlreadyExistsError,
     DeniedError,
@@ -30,17 +39,25 @@ T = TypeVar("T")
 # fsspec has no type information, and its file systems differ in what they offer.
 FileSystem: TypeAlias = Any
 
+# HTTP status, the service's own error code, and its message.
+Answer: TypeAlias = "tuple[int | None, str | None, str]"
+
 # Ranged reads under way at once while an object is streamed.
 READ_THREADS = 4
+# Large enough to hide a round trip, and no larger: clients hold each twice (8 MiB: 45 MiB more memory, no faster).
+RANGE_BYTES = 4 * 1024 * 1024
 
 # Protocols whose clients know a conditional create; whether the server obeys is probed.
-NATIVE_CREATE = (*S3_PROTOCOLS, "gs", "gcs", "az", "abfs", "abfss")
+NATIVE_CREATE = (*S3_PROTOCOLS, *GCS_PROTOCOLS, *AZURE_PROTOCOLS)
 
 # Protocols whose first path component is a bucket: it must exist, it is never created here.
-BUCKET_PROTOCOLS = (*S3_PROTOCOLS, "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "r2")
+BUCKET_PROTOCOLS = (*NATIVE_CREATE, "adl", "oss", "r2")
 
-_EXTRAS = {"s3": "taskckpt[s3]", "s3a": "taskckpt[s3]"}
-_PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
+_EXTRAS = {
+    **dict.fromkeys(S3_PROTOCOLS, "taskckpt[s3]"),
+    **dict.fromkeys(GCS_PROTOCOLS, "taskckpt[gcs]"),
+    **dict.fromkeys(AZURE_PROTOCOLS, "taskckpt[azure]"),
+}
 
 
 def open_remote(location: Location, storage_options: dict[str, Any], timeout_s: float) -> Store:
@@ -51,10 +68,46 @@ def open_remote(location: Location, storage_options: dict[str, Any], timeout_s: 
             uri=location.uri,
             hint="Leave it out: taskckpt calls the store from threads of its own.",
         )
+    forced = _forced_transfer()
+    if forced != "fsspec" and location.protocol in NATIVE_CREATE:
+        from taskckpt._obstore import open_obstore
+
+        found = open_obstore(
+            location,
+            storage_options,
+            timeout_s,
+            forced=forced is not None,
+            through_fsspec=lambda: _open_fsspec(location, storage_options, timeout_s),
+        )
+        if found is not None:
+            return found
+    return _open_fsspec(location, storage_options, timeout_s)
+
+
+def _forced_transfer() -> str | None:
+    """What TASKCKPT_TRANSFER says; None leaves the choice to us."""
+    transfer = os.environ.get("TASKCKPT_TRANSFER") or None
+    if transfer not in (None, "fsspec", "obstore"):
+        raise UsageError(
+            f"TASKCKPT_TRANSFER is {transfer!r}.",
+            hint="Set it to fsspec or obstore, or leave it out for the faster one.",
+        )
+    return transfer
+
+
+def _open_fsspec(location: Location, storage_options: dict[str, Any], timeout_s: float) -> Store:
     if location.protocol in S3_PROTOCOLS:
         from taskckpt._s3 import S3Store
 
         return S3Store(location, storage_options, timeout_s)
+    if location.protocol in GCS_PROTOCOLS:
+        from taskckpt._gcs import GCSStore
+
+        return GCSStore(location, storage_options, timeout_s)
+    if location.protocol in AZURE_PROTOCOLS:
+        from taskckpt._azure import AzureStore
+
+        return AzureStore(location, storage_options, timeout_s)
     if location.protocol == "memory":
         return MemoryStore(location, storage_options, timeout_s)
     require_known(location)
@@ -97,7 +150,7 @@ def new_filesystem(location: Location, options: dict[str, Any]) -> FileSystem:
     try:
         make = fsspec.get_filesystem_class(location.protocol)
     except ImportError as error:
-        package = _EXTRAS.get(location.protocol) or _PACKAGES.get(location.protocol)
+        package = _EXTRAS.get(location.protocol)
         raise MissingDependencyError(
             f"The package for {location.protocol}:// is not installed: {error}.",
             uri=location.uri,
@@ -109,6 +162,15 @@ def new_filesystem(location: Location, options: dict[str, Any]) -> FileSystem:
         raise UsageError(f"storage_options do not fit {location.protocol}://: {error}.", uri=location.uri) from error
     _alive[id(made)] = made
     return made
+
+
+def in_loop_of(fs: FileSystem, function: Callable[..., Coroutine[Any, Any, T]], *given: Any, timeout_s: float) -> T:
+    """The answer of a coroutine that uses the file system's client, which lives in fsspec's loop."""
+    import fsspec.asyn
+
+    run: Any = fsspec.asyn.sync
+    answer: T = run(fs.loop, function, *given, timeout=timeout_s)
+    return answer
 
 
 class FsspecStore:
@@ -142,6 +204,15 @@ class FsspecStore:
 
     def _path(self, key: str) -> str:
         return f"{self._location.path}/{key}" if key else self._location.path
+
+    @property
+    def _bucket(self) -> str:
+        return self._location.path.partition("/")[0]
+
+    def _key(self, key: str) -> str:
+        """The whole key, in its bucket."""
+        prefix = self._location.path.partition("/")[2]
+        return "/".join(part for part in (prefix, key) if part)
 
     def _call(self, key: str, request: Callable[[], T], stop: Stop | None = None) -> T:
         """One request: with its errors translated, and passing ones tried again."""
@@ -205,14 +276,14 @@ class FsspecStore:
         return self._call(key, request)
 
     def stream(self, key: str, size_bytes: int, stop: Stop) -> Iterator[bytes]:
-        ranges = ((start, min(start + CHUNK_BYTES, size_bytes)) for start in range(0, size_bytes, CHUNK_BYTES))
+        ranges = ((start, min(start + RANGE_BYTES, size_bytes)) for start in range(0, size_bytes, RANGE_BYTES))
         return ordered_map(lambda span: self._read_range(key, *span, stop), ranges, threads=READ_THREADS)
 
     def _read_range(self, key: str, start: int, end: int, stop: Stop) -> bytes:
         def request() -> bytes:
             try:
-                data = bytes(self.fs.cat_file(self._path(key), start=start, end=end))
-            except OSError as error:
+                data = self._fetch(key, start, end)
+            except Exception as error:
                 if _http_answer(error)[0] == RANGE_NOT_SATISFIABLE:
                     return b""  # the object ends before: it is shorter than promised, and the caller counts
                 raise
@@ -221,6 +292,9 @@ class FsspecStore:
             return data
 
         return self._call(key, request, stop)
+
+    def _fetch(self, key: str, start: int, end: int) -> bytes:
+        return bytes(self.fs.cat_file(self._path(key), start=start, end=end))
 
     # --- writing -------------------------------------------------------------------------------
 
@@ -318,7 +392,9 @@ _DENIED_TYPES = {
     *("TokenRetrievalError", "UnauthorizedSSOTokenError"),
 }
 _USAGE_TYPES = {"ParamValidationError", "UnknownServiceError", "InvalidRegionError", "UnknownRegionError"}
-_CONFLICT_CODES = {"PreconditionFailed", "412"}
+_CONFLICT_CODES = {"PreconditionFailed", "412", "BlobAlreadyExists"}
+_NO_BUCKET_CODES = {"NoSuchBucket", "ContainerNotFound"}
+_NO_BUCKET_TEXT = "bucket does not exist"
 _PASSING_STATUS = {408, 409, 425, 429}
 RANGE_NOT_SATISFIABLE = 416
 
@@ -334,16 +410,14 @@ def _translating(uri: str) -> Generator[None]:
         raise translated(error, uri) from error
 
 
-def translated(error: BaseException, uri: str) -> TaskckptError:
-    """The error of taskckpt for whatever a client below fsspec raised."""
-    status, code, text = _http_answer(error)
+def translated(error: BaseException, uri: str, answer: Answer | None = None) -> TaskckptError:
+    """The error of taskckpt for whatever a client raised; ``answer`` is what the server said, if the caller knows."""
+    status, code, text = answer or _http_answer(error)
     names = {kind.__name__ for cause in _chain(error) for kind in type(cause).__mro__}
     if code in _DENIED_CODES or status in (401, 403) or names & _DENIED_TYPES or isinstance(error, PermissionError):
         return _denied(error, uri, code, text)
-    if code == "NoSuchBucket" or (isinstance(error, FileNotFoundError) and "bucket" in text.lower()):
-        return NotFoundError(
-            "There is no such bucket.", uri=uri, hint="Check its spelling; taskckpt never makes buckets."
-        )
+    if code in _NO_BUCKET_CODES or (isinstance(error, FileNotFoundError) and _NO_BUCKET_TEXT in text.lower()):
+        return no_such_bucket(uri)
     if status == 404 or isinstance(error, FileNotFoundError):
         return NotFoundError("No such object.", uri=uri)
     if code in _CONFLICT_CODES or status == 412 or isinstance(error, FileExistsError):
@@ -367,6 +441,11 @@ def translated(error: BaseException, uri: str) -> TaskckptError:
     )
 
 
+def no_such_bucket(uri: str) -> NotFoundError:
+    """For stores whose answers do not tell a bucket from an object."""
+    return NotFoundError("There is no such bucket.", uri=uri, hint="Check its spelling; taskckpt never makes buckets.")
+
+
 def _denied(error: BaseException, uri: str, code: str | None, text: str) -> DeniedError:
     hint = "Check the credentials (storage_options, or the store's usual variables and files) and the permissions"
     if code in (None, "AccessDenied", "403"):
@@ -382,7 +461,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen = seen.__cause__
 
 
-def _http_answer(error: BaseException) -> tuple[int | None, str | None, str]:
+def _http_answer(error: BaseException) -> Answer:
     """HTTP status, the service's own error code and its message, as far as the clients tell."""
     for cause in _chain(error):
         response = getattr(cause, "response", None)
@@ -390,10 +469,18 @@ def _http_answer(error: BaseException) -> tuple[int | None, str | None, str]:
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             body = response["Error"]
             return status, body.get("Code"), str(body.get("Message") or cause)
-        if any(kind.__name__ == "HttpProcessingError" for kind in type(cause).__mro__):
-            continue  # aiohttp's word for a reply that is cut or garbled; its 400 was not the server's
+        if _is_garbled(cause) or (cause.__cause__ is not None and _is_garbled(cause.__cause__)):
+            continue  # the 400 in it was not the server's
+        if isinstance(cause, OSError) and str(cause).startswith("Forbidden: "):  # gcsfs's word for 403
+            return 403, None, str(cause)
         for attribute in ("status", "status_code", "code"):  # aiohttp, azure, gcsfs
             value = getattr(cause, attribute, None)
             if isinstance(value, int) and not isinstance(cause, OSError):
-                return value, None, str(cause)
+                code = getattr(cause, "error_code", None)  # azure
+                return value, None if code is None else str(getattr(code, "value", code)), str(cause)
     return None, None, str(error) or type(error).__name__
+
+
+def _is_garbled(error: BaseException) -> bool:
+    """Whether a reply was cut or no HTTP, in aiohttp's words."""
+    return any(kind.__name__ == "HttpProcessingError" for kind in type(error).__mro__)

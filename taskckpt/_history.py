@@ -101,6 +101,8 @@ class LogReader:
             name = parse_slot_name(text)
             if name is not None:  # other files may lie there (.nfs..., backups): not ours, not read
                 names[name.slot] = (*names.get(name.slot, ()), name)
+        if not listing.complete and any(name.nonce for same in names.values() for name in same):
+            return self.look(first_page=False)  # the names of those below cannot be told from their slots
         return View(names, tuple(sorted(names)), listing.complete)
 
     def remember(self, name: SlotName, record: Record) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 from taskckpt._layout import DATA, LOG
 from taskckpt._operation import Stop
-from taskckpt._store import CHUNK_BYTES, NO_ROOM, Listing
+from taskckpt._store import NO_ROOM, READ_BYTES, Listing
 from taskckpt.errors import (
     AlreadyExistsError,
     DeniedError,
@@ -30,6 +30,9 @@ from taskckpt.errors import (
 
 # Half-written files carry this prefix; no record or payload has a name that begins with a dot.
 PARTIAL = ".partial-"
+
+# So much is written before the disk is asked to begin.
+WRITE_BACK_BYTES = 16 * 1024 * 1024
 
 # A folder that changes all the time: this many listings before giving up.
 MAX_LISTINGS = 1000
@@ -148,18 +151,19 @@ class LocalStore:
                 return None
             return info.st_size if stat.S_ISREG(info.st_mode) else None
 
-    def stream(self, key: str, size_bytes: int, stop: Stop) -> Iterator[bytes]:  # noqa: ARG002
+    def stream(self, key: str, size_bytes: int, stop: Stop) -> Iterator[memoryview]:  # noqa: ARG002
         path = self._path(key)
         with translating(path):
             file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed below; the generator may be dropped
+        buffer = memoryview(bytearray(READ_BYTES))
         with file:
             while True:
                 stop.check()
                 with translating(path):
-                    chunk = file.read(CHUNK_BYTES)
-                if not chunk:
+                    count = file.readinto(buffer)
+                if not count:
                     return
-                yield chunk
+                yield buffer[:count]
 
     # --- writing -------------------------------------------------------------------------------
 
@@ -283,13 +287,26 @@ def _open_new(path: str) -> int:
 def _fill(descriptor: int, chunks: Iterable[bytes | memoryview]) -> None:
     """Writes and closes a file, and makes it durable."""
     try:
+        written = under_way = 0
         for chunk in chunks:
             rest = memoryview(chunk)
             while rest:
-                rest = rest[os.write(descriptor, rest) :]
+                count = os.write(descriptor, rest)
+                rest = rest[count:]
+                written += count
+            if written - under_way >= WRITE_BACK_BYTES:
+                _begin_write_back(descriptor, under_way, written)
+                under_way = written
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _begin_write_back(descriptor: int, start: int, end: int) -> None:
+    """Has the disk work while more is made; else all of its work would begin with fsync (1 GiB: 0.3 s more of 0.6)."""
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        with contextlib.suppress(OSError):  # advice only
+            os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)
 
 
 def _make_folder_durably(folder: str) -> None:

@@ -6,9 +6,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from taskckpt._testing import switches
 from taskckpt.errors import StorageFullError, UnavailableError
@@ -110,20 +110,26 @@ def _reason(state: tenacity.RetryCallState) -> object:
     return state.outcome.exception() if state.outcome else None
 
 
-def ordered_map(function: Callable[[T], R], items: Iterable[T], *, threads: int, ahead: int = 0) -> Iterator[R]:
+def submit(pool: ThreadPoolExecutor, function: Callable[[T], R], item: T) -> Future[R]:
+    """``pool.submit``; where no thread can be started (the interpreter is shutting down) it is done here and now."""
+    try:
+        return pool.submit(function, item)
+    except RuntimeError:
+        future: Future[R] = Future()
+        future.set_result(function(item))
+        return future
+
+
+def ordered_map(function: Callable[[T], R], items: Iterable[T], *, threads: int, ahead: int = 0) -> Generator[R]:
     """``map`` on several threads: results in order, at most ``threads + ahead`` items under way.
 
-    Threads that cannot be started (the interpreter is shutting down) are done without: the work then
-    happens in the caller's thread. When the consumer stops early, running calls are waited for.
+    When the consumer stops early, running calls are waited for.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="taskckpt")
     under_way: deque[Future[R]] = deque()
     try:
         for item in items:
-            try:
-                under_way.append(pool.submit(function, item))
-            except RuntimeError:
-                under_way.append(_done(function, item))
+            under_way.append(submit(pool, function, item))
             if len(under_way) >= threads + ahead:
                 yield under_way.popleft().result()
         while under_way:
@@ -132,7 +138,18 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], *, threads: int,
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _done(function: Callable[[T], R], item: T) -> Future[R]:
-    future: Future[R] = Future()
-    future.set_result(function(item))
-    return future
+_END = object()
+
+
+def made_ahead(items: Iterable[T]) -> Generator[T]:
+    """The items, of which the next is made in a thread of its own while the consumer works on the latest.
+
+    So an item must stay valid while the next is made. When the consumer stops early, the one that is being made is
+    waited for; the caller closes ``items``.
+    """
+    iterator = iter(items)
+    with ThreadPoolExecutor(1, thread_name_prefix="taskckpt") as pool:
+        coming = submit(pool, lambda _: next(iterator, _END), None)
+        while (item := coming.result()) is not _END:
+            coming = submit(pool, lambda _: next(iterator, _END), None)
+            yield cast("T", item)

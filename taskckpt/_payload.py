@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from blake3 import blake3
 
@@ -24,24 +25,28 @@ from taskckpt.errors import (
     CorruptCheckpointError,
     NotFoundError,
     SourceChangedError,
+    UnsupportedFormatError,
     UsageError,
     UsageTypeError,
 )
+
+if TYPE_CHECKING:
+    from taskckpt._state import EncodedState
 
 Data: TypeAlias = bytes | bytearray | memoryview | str | os.PathLike[str]
 
 # A restored file or bytes get this name, as in Flyte, unless the user names the folder.
 PAYLOAD = "payload"
 
-# Smaller chunks are hashed sooner than another thread would begin to.
-_ALONE_BYTES = 256 << 10
+# Smaller chunks are hashed by the thread that has just read them, in whose cache they are: a fifth faster (measured).
+_ALONE_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
     """Something to save, looked at but not read yet.
 
-    ``chunks`` reads it: the bytes of a file, or the tar stream of a folder.
+    ``chunks`` reads it: the bytes of a file, the tar stream of a folder, or a state as a file would have it.
     """
 
     kind: Kind
@@ -67,6 +72,11 @@ def source_of(data: Data) -> Source:
     """
     if isinstance(data, (bytes, bytearray, memoryview)):
         return _bytes_source(memoryview(data))
+    if isinstance(data, Mapping):
+        raise UsageTypeError(
+            f"save takes no {type(data).__name__}.",
+            hint="save_state() and save_later() do; or save its bytes: json.dumps(...).encode().",
+        )
     if not isinstance(data, (str, os.PathLike)):
         raise UsageTypeError(
             f"save takes bytes, bytearray, memoryview, or a str or Path to a file or folder, "
@@ -77,6 +87,27 @@ def source_of(data: Data) -> Source:
     if not isinstance(path, str):
         raise UsageTypeError(f"save takes str paths, not {type(path).__name__} ones.")
     return _path_source(path, is_str=isinstance(data, str))
+
+
+def encoded_source(encoded: EncodedState) -> Source:
+    """A state that has been encoded."""
+    return Source("state", encoded.size_bytes, encoded.chunks)
+
+
+def state_source(state: Mapping[str, Any]) -> Source:
+    """What ``save_state`` was given, checked; its arrays are not read yet.
+
+    Raises:
+        UsageTypeError: It is no dict, or there is something in it that would not come back.
+        UsageError: It contains itself, or is nested too deeply.
+    """
+    if not isinstance(state, Mapping):
+        raise UsageTypeError(
+            f"save_state takes a dict, not {type(state).__name__}.", hint='Put it into one: {"value": ...}.'
+        )
+    from taskckpt import _state  # only who saves states waits for it
+
+    return encoded_source(_state.encode(state))
 
 
 def _bytes_source(view: memoryview) -> Source:
@@ -107,15 +138,25 @@ def _path_source(path: str, *, is_str: bool) -> Source:
         return Source(
             "folder",
             tree.tar_size_bytes,
-            lambda: _archive.pack(tree),
+            FolderChunks(tree),
             _name_of(path),
             entries=tree.entry_count,
         )
     if stat.S_ISREG(info.st_mode):
-        chunks = _FileChunks(path, info)
+        chunks = FileChunks(path, info)
         mode = stat.S_IMODE(info.st_mode) & 0o777
         return Source("file", info.st_size, chunks, _name_of(path), mode=mode, mtime_ns=info.st_mtime_ns)
     raise UsageError("Only files and folders can be saved; this is a device, a pipe or a socket.", uri=path)
+
+
+@dataclass(frozen=True, slots=True)
+class FolderChunks:
+    """Reads a folder as a tar stream, and notices when it changes meanwhile."""
+
+    tree: _archive.Tree
+
+    def __call__(self) -> Iterator[bytes | memoryview]:
+        return _archive.pack(self.tree)
 
 
 def _name_of(path: str) -> str:
@@ -123,24 +164,30 @@ def _name_of(path: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _FileChunks:
+class FileChunks:
     """Reads a file, and notices when it changes meanwhile."""
 
     path: str
     before: os.stat_result
 
     def __call__(self) -> Iterator[memoryview]:
-        with translating(self.path), open(self.path, "rb", buffering=0) as file:
-            self._expect_unchanged(os.fstat(file.fileno()))
+        with self.opened() as file:
             size = 0
             buffer = memoryview(bytearray(READ_BYTES))
             while count := file.readinto(buffer):
                 size += count
                 yield buffer[:count]
-            self._expect_unchanged(os.fstat(file.fileno()))
-            self._expect_unchanged(os.stat(self.path))
             if size != self.before.st_size:
                 raise self._changed()
+
+    @contextmanager
+    def opened(self) -> Generator[FileIO]:
+        """The file, to be read: afterwards it must be as it was before."""
+        with translating(self.path), open(self.path, "rb", buffering=0) as file:
+            self._expect_unchanged(os.fstat(file.fileno()))
+            yield file
+            self._expect_unchanged(os.fstat(file.fileno()))
+            self._expect_unchanged(os.stat(self.path))
 
     def _expect_unchanged(self, now: os.stat_result) -> None:
         if _identity(now) != _identity(self.before):
@@ -195,10 +242,10 @@ def upload(
     Raises:
         SourceChangedError: The source changed while it was read. Nothing is left in the store.
     """
-    if source.kind == "bytes" and source.size_hint <= INLINE_LIMIT_BYTES:
+    if source.kind in ("bytes", "state") and source.size_hint <= INLINE_LIMIT_BYTES:
         data = b"".join(map(bytes, source.chunks()))
         digest = Digest.of(data)
-        return Content("bytes", digest), Stored(digest, inline=data)
+        return Content(source.kind, digest), Stored(digest, inline=data)
     content, stored = _Meter(report, source.size_hint), _Meter()
     key = key_for(source.suffix)
     with closing(content.through(source.chunks())) as chunks:
@@ -317,6 +364,44 @@ def read_all(store: Store, found: Commit | ForeignObject, stop: Stop, report: Re
     if isinstance(found, ForeignObject):
         return b"".join(map(bytes, _foreign.chunks_of(store, found, stop)))
     return b"".join(map(bytes, stored_chunks(store, found, stop, report)))
+
+
+def read_state(store: Store, found: Commit | ForeignObject, stop: Stop, report: Report | None = None) -> dict[str, Any]:
+    """The state that a checkpoint holds, its arrays read straight into their memory.
+
+    Raises:
+        UsageError: It is of another kind.
+        UnsupportedFormatError: It is intact, but this environment cannot rebuild it.
+    """
+    if isinstance(found, ForeignObject) or found.content.kind != "state":
+        instead = "load()" if kind_of(found) == "folder" else "load_bytes()"
+        raise UsageError(
+            f"The checkpoint is no state, but of the kind {kind_of(found)!r}.", uri=store.uri, hint=f"Use {instead}."
+        )
+    from taskckpt import _state
+
+    where = store.uri if found.stored.key is None else f"{store.uri}/{found.stored.key}"
+    with closing(stored_chunks(store, found, stop, report)) as chunks:
+        intact = False
+
+        def to_the_end() -> Iterator[bytes | memoryview]:
+            nonlocal intact
+            yield from chunks
+            intact = True
+
+        stream = to_the_end()
+        try:
+            return _state.decode(stream, where, size_bytes=found.stored.digest.size_bytes)
+        except CorruptCheckpointError as error:
+            for _ in stream:  # where the digest is checked: what is damaged may be passed over, what is intact may not
+                pass
+            if not intact:
+                raise
+            raise UnsupportedFormatError(
+                f"The state is as it was saved, but cannot be rebuilt here: {error.message}",
+                uri=where,
+                hint="Load it with the versions of taskckpt and of NumPy, PyTorch or JAX that it was saved with.",
+            ) from error
 
 
 def kind_of(found: Commit | ForeignObject) -> Kind:

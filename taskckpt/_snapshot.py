@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import sys
-import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,48 +51,54 @@ class HostBuffers:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._free: list[Slab] = []
+        # No lock: a signal handler may interrupt any line here, and wait for a thread that gives slabs back.
+        self._free: deque[Slab] = deque()
         self._snapshots = 0
 
     def take(self, size_bytes: int, *, pinned: bool) -> list[Slab]:
         """Slabs with room for so many bytes, all of them full but the last."""
-        with self._lock:
-            self._snapshots += 1
-            slabs: list[Slab] = []
-            while size_bytes > 0:
-                slab = self._reused_or_new(_slab_size(size_bytes), pinned)
-                slab.used_at = self._snapshots
-                slabs.append(slab)
-                size_bytes -= len(slab.view)
-            self._free = [slab for slab in self._free if self._snapshots - slab.used_at < _IDLE_SNAPSHOTS]
-            return slabs
+        self._snapshots += 1
+        now = self._snapshots
+        slabs: list[Slab] = []
+        while size_bytes > 0:
+            slab = self._reused_or_new(_slab_size(size_bytes), pinned)
+            slab.used_at = now
+            slabs.append(slab)
+            size_bytes -= len(slab.view)
+        for slab in self._free.copy():
+            if now - slab.used_at >= _IDLE_SNAPSHOTS:
+                self._is_mine(slab)
+        return slabs
 
     def _reused_or_new(self, size_bytes: int, pinned: bool) -> Slab:
-        for slab in reversed(self._free):
-            if len(slab.view) == size_bytes and (slab.tensor is not None) == pinned:
-                self._free.remove(slab)
+        for slab in reversed(self._free.copy()):
+            if len(slab.view) == size_bytes and (slab.tensor is not None) == pinned and self._is_mine(slab):
                 return slab
         try:
             return _pinned_slab(size_bytes) if pinned else _plain_slab(size_bytes)
         except (MemoryError, OSError, RuntimeError) as error:  # the last one is PyTorch's
             raise StorageFullError("There is no memory for a snapshot of the state.") from error
 
+    def _is_mine(self, slab: Slab) -> bool:
+        """Takes a slab out, in one step, unless somebody was quicker."""
+        try:
+            self._free.remove(slab)
+        except ValueError:
+            return False
+        return True
+
     def give_back(self, slabs: Sequence[Slab]) -> None:
         """For the next snapshot. Nobody may read them any more."""
-        with self._lock:
-            self._free.extend(slabs)
+        self._free.extend(slabs)
 
     def clear(self) -> None:
         """Frees all memory that no snapshot is using: for when none is to be expected soon."""
-        with self._lock:
-            self._free.clear()
+        self._free.clear()
 
     @property
     def free_bytes(self) -> int:
         """How much memory is held for the next snapshot."""
-        with self._lock:
-            return sum(len(slab.view) for slab in self._free)
+        return sum(len(slab.view) for slab in self._free.copy())
 
 
 def _slab_size(size_bytes: int) -> int:

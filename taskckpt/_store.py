@@ -2,6 +2,10 @@
 
 Keys are relative to the root and come from ``_layout``. All verbs are synchronous, safe to call from
 several threads, and raise only errors of ``taskckpt.errors``; passing faults have been retried by then.
+
+Streams are iterators of chunks, here and in all of taskckpt. A chunk is valid until the next one is asked for: its
+buffer may be filled anew then, since fresh memory costs more than most of what is done with it. Whoever keeps a chunk
+longer copies it.
 """
 
 from __future__ import annotations
@@ -21,12 +25,17 @@ from taskckpt.errors import NotFoundError, UsageError, UsageTypeError
 
 LOCAL_PROTOCOLS = ("file", "local")
 S3_PROTOCOLS = ("s3", "s3a")
+GCS_PROTOCOLS = ("gs", "gcs")
+AZURE_PROTOCOLS = ("az", "abfs", "abfss")
 
 # What the operating system says where a disk or a quota is full, or a file as large as it may get.
 NO_ROOM = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 # What streams are cut into: large enough to hide a round trip, small enough that a few fit in memory.
 CHUNK_BYTES = 8 * 1024 * 1024
+
+# What files are read in: large enough to hide the calls, small enough to stay in a core's cache until it was used.
+READ_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +73,7 @@ class Store(Protocol):
         """The size of the object in bytes, or None if there is none. ``""`` is the root itself."""
         ...
 
-    def stream(self, key: str, size_bytes: int, stop: Stop) -> Iterator[bytes]:
+    def stream(self, key: str, size_bytes: int, stop: Stop) -> Iterator[bytes | memoryview]:
         """An object of a known size in chunks, in order. NotFoundError if it is absent."""
         ...
 

@@ -40,6 +40,7 @@ MAX_HEADER_BYTES_PER_ENTRY = 16 << 10
 _ZEROS = bytes(BLOCK)
 _NS = 1_000_000_000
 _MAX_OCTAL = 8**11 - 1
+_TEN_DIGITS = 10**9  # seconds since 1970, from 2001 on
 # What utime takes: seconds of 64 bits.
 _MIN_TIME_NS, _MAX_TIME_NS = -(2**63) * _NS, (2**63 - 1) * _NS
 _OWNER = b"0000000\0" * 2
@@ -174,11 +175,20 @@ def header(name: bytes, kind: bytes, mode: int, size: int, mtime_ns: int, target
         mtime_ns: Nanoseconds since 1970, may be negative.
         target: What a link points to; for a hard link the name of an earlier file.
     """
+    seconds, fraction = divmod(mtime_ns, _NS)
+    if fraction and _TEN_DIGITS <= seconds <= _MAX_OCTAL and len(name) <= 100 and not target and size <= _MAX_OCTAL:
+        # Nearly all files are like this, and this takes half the time.
+        record = b"30 mtime=%d.%09d\n" % (seconds, fraction)
+        return b"%b%b%b" % (
+            _extended_block(30),
+            record.ljust(BLOCK, b"\0"),
+            _block(name, kind, mode, size, seconds, b""),
+        )
     extended = b""
     if _needs_records(name, size, mtime_ns, target):
         records = _records(name, size, mtime_ns, target)
         extended = _extended_block(len(records)) + records + bytes(-len(records) % BLOCK)
-    seconds = min(max(mtime_ns // _NS, 0), _MAX_OCTAL)
+    seconds = min(max(seconds, 0), _MAX_OCTAL)
     return extended + _block(name, kind, mode, size if size <= _MAX_OCTAL else 0, seconds, target)
 
 
@@ -245,6 +255,8 @@ def _text(field: bytes) -> bytes:
 
 def _pax(data: bytes) -> dict[bytes, bytes]:
     """The records of a pax header; of two with the same key the later counts, as POSIX says."""
+    if len(data) == 30 and data.startswith(b"30 mtime=") and data[29] == 0x0A:  # all that most of our files have
+        return {b"mtime": data[9:29]}
     records: dict[bytes, bytes] = {}
     position = 0
     while position < len(data):
@@ -260,6 +272,8 @@ def _pax(data: bytes) -> dict[bytes, bytes]:
 
 
 def _pax_time(value: bytes) -> int:
+    if len(value) == 20 and value[10] == 0x2E and (digits := value[:10] + value[11:]).isdigit():
+        return int(digits)
     whole, _, fraction = value.removeprefix(b"-").partition(b".")
     if not whole.isdigit() or len(whole) > 19 or (fraction and not fraction.isdigit()):
         raise CorruptCheckpointError("The archive is damaged: a pax mtime is not a decimal number.")
@@ -287,7 +301,7 @@ class Reader(Iterator[Member]):
 
     def __init__(self, chunks: Iterable[bytes | memoryview], entries: int) -> None:
         self._chunks = iter(chunks)
-        self._data = b""
+        self._data: bytes | memoryview = b""
         self._position = 0
         self._padding = 0
         self._globals: dict[bytes, bytes] = {}
@@ -335,7 +349,7 @@ class Reader(Iterator[Member]):
     def _fill(self) -> None:
         for chunk in self._chunks:
             if len(chunk):
-                self._data = chunk if isinstance(chunk, bytes) else bytes(chunk)
+                self._data = chunk
                 self._position = 0
                 return
         raise CorruptCheckpointError("The archive is damaged: it ends before its end marks.")
@@ -345,13 +359,13 @@ class Reader(Iterator[Member]):
         end = start + size
         if end <= len(self._data):
             self._position = end
-            return self._data[start:end]
-        parts = [self._data[start:]]
+            return bytes(self._data[start:end])
+        parts = [bytes(self._data[start:])]
         self._position = len(self._data)
         missing = size - len(parts[0])
         while missing:
             self._fill()
-            parts.append(self._data[:missing])
+            parts.append(bytes(self._data[:missing]))
             self._position = len(parts[-1])
             missing -= len(parts[-1])
         return b"".join(parts)
@@ -416,7 +430,7 @@ class Reader(Iterator[Member]):
         if self._take(BLOCK) != _ZEROS:
             raise CorruptCheckpointError("The archive is damaged: entries follow a single zero block.")
         padding = len(self._data) - self._position
-        rest = self._data[self._position :]
+        rest = bytes(self._data[self._position :])
         while not rest.strip(b"\0"):
             chunk = next(self._chunks, None)
             if chunk is None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar, overload
 
 from taskckpt import context
 from taskckpt._identity import expect_one_function, identity_of
+from taskckpt._operation import Stop
 from taskckpt._testing import switches
 from taskckpt.context import TaskContext
 from taskckpt.errors import (
     SourceChangedError,
     StaleAttemptError,
+    StillPendingError,
     TaskckptError,
     UnavailableError,
     UsageError,
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from tenacity import RetryCallState
 
     from taskckpt._arguments import Target
+    from taskckpt._later import Later
 
 logger = logging.getLogger("taskckpt")
 
@@ -36,7 +40,7 @@ On: TypeAlias = type[Exception] | tuple[type[Exception], ...] | Callable[[Except
 Key: TypeAlias = str | Callable[..., str]
 
 # Of our own errors only these pass by themselves; a stale, corrupt, denied or wrong call does not.
-_PASSING = (UnavailableError, SourceChangedError)
+_PASSING = (UnavailableError, SourceChangedError, StillPendingError)
 
 
 @overload
@@ -184,8 +188,9 @@ class _Call:
 
     def _attempt(self) -> Any:
         with context.running(self._next()) as current:
-            result = self._function()
-            _expect_finished(result)
+            with _flushing(current):
+                result = self._function()
+                _expect_finished(result)
             if self._clears():
                 with _telling_only(current):
                     current.checkpoint.clear_sync()
@@ -243,11 +248,58 @@ class _AsyncCall(_Call):
 
     async def _async_attempt(self) -> Any:
         with context.running(self._next()) as current:
-            result = await self._function()
+            async with _flushing(current):
+                result = await self._function()
             if self._clears():
                 with _telling_only(current):
                     await current.checkpoint.clear()
             return result
+
+
+class _flushing:  # noqa: N801 - as below
+    """What the task began to save in the background has ended before the task has, and well."""
+
+    def __init__(self, current: TaskContext) -> None:
+        self._current = current
+
+    def __enter__(self) -> None:
+        from taskckpt import _later  # only now: to import what saves takes a while
+
+        self._flush = _later.flush
+        self._begun, self._reset = _later.collect()
+
+    async def __aenter__(self) -> None:
+        self.__enter__()
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if pending := self._pending():
+            with _telling_besides(error):
+                self._flush(pending, Stop())
+
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if pending := self._pending():
+            from taskckpt._bridge import in_thread
+
+            with _telling_besides(error):
+                await in_thread(functools.partial(self._flush, pending))
+
+    def _pending(self) -> list[Later]:
+        self._reset()
+        if "checkpoint" in vars(self._current):  # threads that the task started use it, and note nothing here
+            self._begun.add(self._current.checkpoint._later)  # noqa: SLF001
+        return [later for later in self._begun if not later.is_idle]
+
+
+@contextmanager
+def _telling_besides(error: BaseException | None) -> Generator[None]:
+    """Two things went wrong: the task's own exception leaves, and the other one is told in a note and in the log."""
+    try:
+        yield
+    except Exception as failure:
+        if error is None:
+            raise
+        error.add_note(f"And a save in the background failed: {type(failure).__name__}: {failure}")
+        logger.exception("A save in the background failed, besides the task itself:")
 
 
 class _telling_only:  # noqa: N801 - reads as a verb, like contextlib.suppress

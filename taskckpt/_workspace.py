@@ -23,7 +23,7 @@ LOCK = ".lock"
 
 Fill = Callable[[str], None]
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a signal handler may load while the code that it interrupted is here
 _root: str | None = None
 _root_pid = 0
 _descriptor = -1
@@ -32,7 +32,7 @@ _descriptor = -1
 def _after_fork() -> None:
     # The child inherits the parent's folder to read from, but makes its own and never removes the parent's.
     global _lock, _root
-    _lock, _root = threading.Lock(), None
+    _lock, _root = threading.RLock(), None
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -5,6 +5,7 @@
     │   └── UnsafeArchiveError        an archive that would write, link or grow beyond what it may
     ├── UnsupportedFormatError        written by a newer taskckpt: upgrade
     ├── StaleAttemptError             a newer attempt holds the task: stop this one
+    ├── StillPendingError             (TimeoutError) a save in the background takes longer than you wait
     ├── SourceChangedError            the file or folder changed while it was saved: save again
     ├── UnavailableError              the store did not answer as it should: trying again may help
     │   ├── StorageFullError          no room left where the bytes should go
@@ -88,6 +89,12 @@ class StaleAttemptError(TaskckptError):
     """A newer attempt took the task over. Final for this process: end it, do not retry it."""
 
     code = "stale-attempt"
+
+
+class StillPendingError(TaskckptError, TimeoutError):
+    """A save in the background has not ended within the time given. It goes on: wait again."""
+
+    code = "still-pending"
 
 
 class SourceChangedError(TaskckptError):

@@ -79,7 +79,7 @@ def both_say(place: Path, scratch: Path) -> Found | str | None:
 
 def test_golden_checkpoints_are_all_here() -> None:
     assert set(EXPECTED) == {path.name for path in GOLDEN.iterdir() if path.is_dir()}
-    assert len(EXPECTED) == 13
+    assert len(EXPECTED) == 14
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -107,6 +107,15 @@ def test_golden_checkpoints_load_for_ever(name: str, tmp_path: Path) -> None:
             assert content == (found.content[shown] if found.kind == "folder" else found.content)
     names = {os.fsdecode(_bytes(shown)) for shown in expected} - {"."}
     assert {str(path.relative_to(tmp_path / "restored")) for path in (tmp_path / "restored").rglob("*")} == names
+
+
+def test_the_golden_state_is_that_state(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "state", tmp_path / "state")
+    nested = {"lr": 1e-3, "done": [True, None], "data": bytes(range(200)) * 100}
+    assert Checkpoint(tmp_path / "state").load_state_sync() == {"step": 7, "name": "größer", "nested": nested}
+    found = format_reader.newest(GOLDEN / "state")
+    assert found is not None
+    assert found.kind == "state"
 
 
 def _bytes(shown: str) -> bytes:

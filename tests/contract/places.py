@@ -106,7 +106,7 @@ def cloud_place(protocol: str, server: GCSServer | AzureServer | GoogleXml, buck
 
 
 class Way:
-    """The plain calls of a Checkpoint, or their asynchronous twins, under the same names; or saves in the background."""
+    """The plain calls of a Checkpoint, their asynchronous twins, or saves in the background, under the same names."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -31,8 +31,9 @@ class Job:
     """What a child does.
 
     Attributes:
-        steps: ``save NAME``, ``later NAME`` (in the background, and waits for it), ``begin NAME``, ``wait``, ``load``, ``load to FOLDER``, ``clear``; ``new`` begins a new attempt,
-            ``look`` loads without taking the task over; ``async NAME`` is a save that ``how="cancel"`` cancels.
+        steps: ``save NAME``, ``load``, ``load to FOLDER``, ``clear``; ``later NAME`` saves in the background and
+            waits for it, ``begin NAME`` does not, ``wait`` does; ``new`` begins a new attempt, ``look`` loads
+            without taking the task over; ``async NAME`` is a save that ``how="cancel"`` cancels.
         sources: Where the files and folders lie that are saved.
         layer: Which calls are counted: those that change a ``disk``, those of ``s3`` or ``obstore``, or any
             ``http`` client's.

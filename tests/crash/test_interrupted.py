@@ -84,12 +84,20 @@ def attempt(forks, sources, quick_path) -> Attempt:
 
 
 @pytest.mark.parametrize(
-    ("how", "kind"),
-    [("SIGTERM", "bytes"), ("SIGINT", "folder"), ("EIO", "bytes"), ("EIO", "folder"), ("ENOSPC", "file")],
+    ("how", "verb", "kind"),
+    [
+        ("SIGTERM", "save", "bytes"),
+        ("SIGINT", "save", "folder"),
+        ("EIO", "save", "bytes"),
+        ("EIO", "save", "folder"),
+        ("ENOSPC", "save", "file"),
+        ("EIO", "later", "file"),
+        ("ENOSPC", "later", "folder"),
+    ],
 )
 @pytest.mark.parametrize("part", range(2))
-def test_at_every_call(how, kind, part, attempt):
-    job = replace(attempt.job, steps=["load", f"save {kind} 2"], how=how, skip=1)
+def test_at_every_call(how, verb, kind, part, attempt):
+    job = replace(attempt.job, steps=["load", f"{verb} {kind} 2"], how=how, skip=1)
     calls = attempt.run(job).calls
     seen = set()
     for at, when in moments(calls)[part::2]:
@@ -181,11 +189,11 @@ class Failing:
         self._file = file
         self._left = times
 
-    def read(self, size: int = -1) -> bytes:
+    def readinto(self, buffer: memoryview) -> int:
         if not self._left:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         self._left -= 1
-        return self._file.read(size)
+        return self._file.readinto(buffer)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
@@ -208,7 +216,7 @@ def break_reads(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
 def test_a_file_that_cannot_be_read(times, sources, quick_path, monkeypatch):
     attempt = Checkpoint(quick_path / "task")
     attempt.save_sync(data_of("bytes 1"))
-    monkeypatch.setattr("taskckpt._payload.CHUNK_BYTES", 10_000)
+    monkeypatch.setattr("taskckpt._payload.READ_BYTES", 10_000)
     with monkeypatch.context() as broken:
         break_reads(broken, times)
         with pytest.raises(UnavailableError, match="Input/output error"):

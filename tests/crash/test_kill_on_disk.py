@@ -61,6 +61,10 @@ STORIES = {
         f"a retry saves: {kind}": Story(["load", f"save {kind} 2"], [ended("save bytes 1")])
         for kind in ("inline", "bytes", "file", "folder")
     },
+    **{
+        f"a retry saves in the background: {kind}": Story(["load", f"later {kind} 2"], [ended("save bytes 1")])
+        for kind in ("inline", "file", "folder")
+    },
     "a second save and prune, keep=1": Story(
         ["save bytes 1", "save folder 2", "save inline 3", "save bytes 4"], keep=1
     ),
@@ -161,6 +165,28 @@ def test_old_or_new(name, part, forks, sources, quick_path):
     for at, when in moments(calls)[part::3]:
         with noted(when, at, calls):
             rehearsal.kill(at, when)
+
+
+def test_a_kill_while_two_saves_are_pending(forks, sources, quick_path):
+    story = Story(["load", "begin bytes 2", "begin folder 3", "wait", "load"], [ended("save bytes 1")], skip=1)
+    rehearsal = Rehearsal(forks, sources, quick_path, story)
+    rehearsal.restore()
+    whole = forks.run(rehearsal.job)
+    assert whole.answers == ["bytes 1", "done", "done", "done", "folder 3"]
+    seen = set()
+    for at, when in moments(whole.calls):
+        rehearsal.restore()
+        job = replace(rehearsal.job, at=at, when=when)
+        outcome = forks.run(job)  # two threads write: which call is the last one differs from run to run
+        saved = "folder 3" if "done" in outcome.answers[3:4] else None
+        with noted(when, at, whole.calls):
+            found, _ = recover(forks, job)
+            assert found == saved or (saved is None and found in {"bytes 1", "bytes 2", "folder 3"})
+            assert not local_place(Path(job.dest)).missing
+            assert not local_place(Path(job.dest)).garbage
+            seen.add(found)
+    assert seen == {"bytes 1", "bytes 2", "folder 3"}
+    assert len(list(rehearsal.job.tmp.iterdir())) <= 1, "copies that a kill left are swept by the next process"
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -20,6 +20,7 @@ STORIES: dict[str, tuple[Sequence[str], int, int]] = {
     "the very first save: inline": (["save inline 1"], 0, 3),
     "the very first save: folder": (["save folder 1"], 0, 3),
     "a retry saves: bytes": (["save bytes 1", "new", "load", "save bytes 2"], 2, 3),
+    "a retry saves in the background: folder": (["save bytes 1", "new", "load", "later folder 2"], 2, 3),
     "a second save and prune, keep=1": (["save file 1", "save file 2", "save file 3"], 1, 1),
     "a second save and prune, keep=2": (["save bytes 1", "save file 2", "save bytes 3"], 2, 2),
     "clear": (["save bytes 1", "save folder 2", "new", "clear", "save inline 3"], 3, 3),

@@ -96,6 +96,11 @@ def test_what_was_saved_stays(kind, forks, disk, job):
     assert recover(forks, job)[0] == f"{kind} 6"
 
 
+def test_what_was_saved_in_the_background_stays(forks, disk, job):
+    for number, kind in enumerate(("inline", "bytes", "file", "folder"), start=1):
+        assert save_and_cut(forks, disk, job, f"later {kind} {number}") == f"{kind} {number}"
+
+
 def test_what_was_saved_without_hard_links_stays(forks, disk, job):
     assert save_and_cut(forks, disk, replace(job, without=["link"]), "save bytes 1") == "bytes 1"
 
@@ -114,7 +119,13 @@ def test_without_fsync_it_would_be_lost(without, forks, disk, job):
 @pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
 @pytest.mark.parametrize(
     "steps",
-    [["save inline 2"], ["save bytes 2"], ["save folder 2"], ["save bytes 2", "save bytes 3", "clear"]],
+    [
+        ["save inline 2"],
+        ["save bytes 2"],
+        ["save folder 2"],
+        ["later folder 2"],
+        ["save bytes 2", "save bytes 3", "clear"],
+    ],
     ids=lambda steps: steps[-1],
 )
 def test_a_save_that_was_cut_is_old_or_new(steps, first, forks, disk, job):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import uuid
+import xml.etree.ElementTree as ET
 from typing import TYPE_CHECKING
 
 import pytest
@@ -28,8 +30,10 @@ class Site:
         self.url = f"s3://{bucket}/{uuid.uuid4().hex}/task"
 
     def checkpoint(self, **arguments) -> Checkpoint:
-        """An attempt behind the proxy."""
-        options = {**self.proxy.options, "session": shared_session()}
+        """An attempt behind the proxy, over the transfer that the test is about."""
+        options = dict(self.proxy.options)
+        if os.environ.get("TASKCKPT_TRANSFER") == "fsspec":
+            options["session"] = shared_session()
         made = Checkpoint(self.url, storage_options=options, **{"timeout_s": TIMEOUT_S, **arguments})
         return with_shared_client(made, str(self.proxy.options["endpoint_url"]))
 
@@ -40,9 +44,20 @@ class Site:
     def next_attempt(self) -> Checkpoint:
         return self._beside()
 
+    def uploads(self) -> list[str]:
+        """The keys of what was begun below this place and is neither complete nor aborted."""
+        status, answer = self.proxy.server.request("GET", f"/{self.bucket}?uploads")
+        assert status == 200, answer
+        keys = [entry.findtext("{*}Key", "") for entry in ET.fromstring(answer).findall("{*}Upload")]
+        return [key for key in keys if self.url.endswith(key.partition("/data/")[0])]
+
+    def anew(self) -> Site:
+        """Another place behind the same proxy."""
+        return Site(self.proxy, self.bucket)
+
     def _beside(self, **arguments) -> Checkpoint:
         server = self.proxy.server
-        options = {**server.storage_options, "session": shared_session()}
+        options = {**server.storage_options, "session": shared_session()}  # a session means s3fs
         made = Checkpoint(self.url, storage_options=options, timeout_s=10, **arguments)
         return with_shared_client(made, server.endpoint_url)
 

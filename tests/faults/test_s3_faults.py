@@ -33,6 +33,17 @@ LARGE = os.urandom(1000) * 9_000  # two parts
 DEADLINE_S = 2 * TIMEOUT_S + 2
 
 
+@pytest.fixture(autouse=True, params=["fsspec", "obstore"])
+def transfer(request, monkeypatch):
+    """Both ways to the store, which fail alike."""
+    if request.param == "fsspec":
+        monkeypatch.setenv("TASKCKPT_TRANSFER", "fsspec")
+    return request.param
+
+
+once = pytest.mark.parametrize("transfer", ["fsspec"], indirect=True)  # the same for both, and slow
+
+
 # --- the operations ----------------------------------------------------------------------------
 
 
@@ -113,7 +124,14 @@ OPERATIONS: dict[str, Any] = {
     "first save": ColdSave(b"x", ("LIST log", "GET log", "CREATE log")),
     "clear": Clear(),
 }
-PLACES = [(name, on) for name, operation in OPERATIONS.items() for on in operation.requests]
+PLACES = [("fsspec", name, on) for name, operation in OPERATIONS.items() for on in operation.requests]
+# Each kind of request once: the operations are the same whatever they go through.
+PLACES += [("obstore", "load", on) for on in ("LIST log", "GET data")]
+PLACES += [("obstore", "save in parts", on) for on in OPERATIONS["save in parts"].requests]
+# Of the requests of an upload, which obstore repeats itself, it takes for final: what only conditional requests get,
+# and a first reply whose body is cut. The save fails then, with UnavailableError.
+FINAL_TO_OBSTORE = [("body cut", "BEGIN data"), *(("409", f"{verb} data") for verb in ("BEGIN", "PART", "COMPLETE"))]
+at_each_place = pytest.mark.parametrize(("transfer", "name", "on"), PLACES, indirect=["transfer"])
 
 PASSING = {
     "409": answer(409, "ConditionalRequestConflict"),
@@ -131,34 +149,42 @@ STICKY = {name: PASSING[name] for name in ("500", "503", "connection reset", "re
 SENT_TWICE = {"connection reset", "reply lost", "headers cut"}
 
 
-@pytest.mark.parametrize(("name", "on"), PLACES)
-def test_a_fault_that_passes_is_not_noticed(site, name, on):
+@at_each_place
+def test_a_fault_that_passes_is_not_noticed(site, transfer, name, on):
     operation = OPERATIONS[name]
     for fault, action in PASSING.items():
-        site = type(site)(site.proxy, site.bucket)
+        final = transfer == "obstore" and (fault, on) in FINAL_TO_OBSTORE
+        site = site.anew()
         site.proxy.heal()
         attempt = operation.prepare(site)
         site.proxy.heal()
         planned = site.proxy.fault(action, on, times=1)
+        if final:
+            with pytest.raises(UnavailableError):
+                operation.act(attempt)
+            assert site.view().load_bytes_sync() == b"before"
+            continue
         operation.act(attempt)
         assert planned.hit, f"{fault}: {site.proxy.count()}"
         operation.expect_done(site)
-        if on == "BEGIN data" and fault in ("reply lost", "error though it worked"):
+        if on == "BEGIN data" and fault in ("reply lost", "error though it worked", "headers cut", "body cut"):
             continue  # nobody knows the name of that upload; the next attempt sweeps it
-        assert site.view()._attempt.open_store().fs.call_s3("list_multipart_uploads", Bucket=site.bucket, Prefix=site.url[5:]).get(
-            "Uploads", []
-        ) == []  # fmt: skip
+        assert site.uploads() == []
 
 
-@pytest.mark.parametrize(("name", "on"), PLACES)
-def test_a_fault_that_stays_is_a_typed_error_and_nothing_is_lost(site, name, on):
+@at_each_place
+def test_a_fault_that_stays_is_a_typed_error_and_nothing_is_lost(site, transfer, name, on):
     operation = OPERATIONS[name]
     for fault, action in STICKY.items():
-        site = type(site)(site.proxy, site.bucket)
+        site = site.anew()
         site.proxy.heal()
         attempt = operation.prepare(site)
         site.proxy.heal()
         site.proxy.fault(action, on)
+        if transfer == "obstore" and on == "COMPLETE data" and action in (p.lose_reply, p.error_after_effect):
+            operation.act(attempt)  # it aborts what failed, is told that there is no such upload, and finds the object
+            operation.expect_done(site)
+            continue
         watch = Stopwatch()
         with pytest.raises(UnavailableError) as caught:
             operation.act(attempt)
@@ -177,13 +203,13 @@ def test_a_fault_that_stays_is_a_typed_error_and_nothing_is_lost(site, name, on)
         assert len(site.keys("data")) <= 2
 
 
-@pytest.mark.parametrize(("name", "on"), PLACES)
+@at_each_place
 def test_a_refusal_is_denied_at_once(site, name, on):
     operation = OPERATIONS[name]
     if (name, on) == ("load", "CREATE log"):
         pytest.skip("a load that may not claim gives the state: see test_who_may_only_read_gets_the_state")
     for code in ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"):
-        site = type(site)(site.proxy, site.bucket)
+        site = site.anew()
         site.proxy.heal()
         attempt = operation.prepare(site)
         site.proxy.heal()
@@ -199,7 +225,14 @@ def test_a_refusal_is_denied_at_once(site, name, on):
         operation.act(attempt)
 
 
-@pytest.mark.parametrize("on", ["LIST log", "GET log", "GET data", "CREATE log"])
+@pytest.mark.parametrize(
+    ("transfer", "on"),
+    [
+        *(("fsspec", on) for on in ("LIST log", "GET log", "GET data", "CREATE log")),
+        *(("obstore", on) for on in ("GET data", "CREATE log")),
+    ],
+    indirect=["transfer"],
+)
 def test_a_server_that_hangs_once_and_for_ever(site, on):
     operation = Load()
     attempt = operation.prepare(site)
@@ -261,11 +294,9 @@ def test_an_upload_whose_beginning_was_lost_is_swept_by_the_next_attempt(site):
     attempt = site.checkpoint()
     site.proxy.fault(p.lose_reply, "BEGIN data", times=1)
     attempt.save_sync(LARGE)
-    bucket = {"Bucket": site.bucket, "Prefix": site.url.removeprefix(f"s3://{site.bucket}/")}
-    s3 = site.view()._attempt.open_store().fs
-    assert len(s3.call_s3("list_multipart_uploads", **bucket)["Uploads"]) == 1
-    site.next_attempt().save_sync(b"next")
-    assert s3.call_s3("list_multipart_uploads", **bucket).get("Uploads", []) == []
+    assert len(site.uploads()) == 1
+    site.checkpoint().save_sync(b"next")
+    assert site.uploads() == []
     assert site.view().load_bytes_sync() == b"next"
 
 
@@ -275,9 +306,7 @@ def test_a_failed_upload_is_aborted(site):
     with pytest.raises(UnavailableError):
         attempt.save_sync(LARGE)
     assert site.proxy.count()["ABORT data"] == 1
-    s3 = site.view()._attempt.open_store().fs
-    bucket = {"Bucket": site.bucket, "Prefix": site.url.removeprefix(f"s3://{site.bucket}/")}
-    assert s3.call_s3("list_multipart_uploads", **bucket).get("Uploads", []) == []
+    assert site.uploads() == []
     assert site.view().load_sync() is None
 
 
@@ -286,11 +315,12 @@ def test_a_failed_upload_is_aborted(site):
 
 @pytest.mark.parametrize("on", ["GET log", "GET data"])
 @pytest.mark.parametrize("action", [p.flip, p.flip_unseen, cut(0.0), cut(0.99)])
-def test_a_reply_damaged_once_is_read_again(site, on, action):
+def test_a_reply_damaged_once_is_read_again(site, transfer, on, action):
     site.next_attempt().save_sync(PAYLOAD)
     planned = site.proxy.fault(action, on, times=1)
     attempt = site.checkpoint()
-    if (on, action) == ("GET data", p.flip_unseen):
+    unseen = (p.flip_unseen, p.flip) if transfer == "obstore" else (p.flip_unseen,)  # which looks at no checksums
+    if on == "GET data" and action in unseen:
         # No transport noticed it, but our digest does; the only copy counts as damaged, and is not lost.
         with pytest.raises(CorruptCheckpointError):
             attempt.load_bytes_sync()
@@ -400,6 +430,7 @@ def test_a_misspelt_bucket_is_not_found_and_named(s3_server):
     assert watch() < 10
 
 
+@once
 def test_a_misspelt_bucket_at_src_is_not_found_and_named(s3_server, s3_bucket):
     options = s3_server.storage_options
     with pytest.raises(NotFoundError, match="no-such-bucket-here"):
@@ -502,6 +533,7 @@ def commits(site):
     return [record.stored.inline for record in found if isinstance(record, Commit)]
 
 
+@once
 def test_a_store_that_overwrites_is_noticed_loudly_and_loses_nothing(site):
     site.proxy.fault(p.without_condition, "CREATE.*")
     first = site.checkpoint(keep=None)
@@ -546,7 +578,7 @@ COSTS = {
 }
 
 
-def test_the_requests_of_each_operation(site):
+def test_the_requests_of_each_operation(site, transfer):
     proxy, measured = site.proxy, {}
 
     def measure(name, call):
@@ -571,13 +603,18 @@ def test_the_requests_of_each_operation(site):
     measure("clear", later.clear_sync)
     for name, cost in measured.items():
         print(f"{name:32} {sum(cost.values()):3}  {cost}")
-    assert {name: measured[name] for name in COSTS} == COSTS
+    costs = dict(COSTS)
+    if transfer == "obstore":
+        # It cannot tell an empty listing from a web page: the bucket is looked at once more, in the raw.
+        costs["load, nothing there"] = {**COSTS["load, nothing there"], "LIST": 1}
+    assert {name: measured[name] for name in costs} == costs
     assert sum(measured["next attempt: load"].values()) <= 12
     assert sum(measured["next attempt: first save"].values()) <= 8
     assert measured["next attempt: second save"]["CREATE log"] == 1
     assert sum(measured["clear"].values()) <= 6
 
 
+@once
 def test_a_load_costs_the_same_after_many_saves(site):
     attempt = site.checkpoint()
     costs = []

@@ -176,12 +176,19 @@ class Attempts(RuleBasedStateMachine):
 
     # -- operations -------------------------------------------------------------------------------------
 
-    @rule(process=processes, kind=st.sampled_from(sorted(SIZES)))
-    def save(self, process: Process, kind: str) -> None:
+    @rule(process=processes, kind=st.sampled_from(sorted(SIZES)), later=st.booleans())
+    def save(self, process: Process, kind: str, *, later: bool = False) -> None:
         self.count += 1
         label = f"{kind}-{self.count}"
         before = self.place.keys("data")
-        result = self.operate(process, lambda: process.checkpoint.save_sync(self.content(label, kind)))
+
+        def save() -> None:
+            if later:
+                assert process.checkpoint.save_later(self.content(label, kind)).result()
+            else:
+                process.checkpoint.save_sync(self.content(label, kind))
+
+        result = self.operate(process, save)
         keys = tuple(self.place.keys("data") - before)
         if result in ("done", "unknown"):
             self.oracle.saved(Saved(label, result == "done", keys=keys), process.family, process.loaded)
@@ -189,6 +196,28 @@ class Attempts(RuleBasedStateMachine):
             assert len(keys) == 1
         if result == "done" and self.faults == process.clean_since and process.family.keep is not None:
             self.expect_few_objects(process, process.family.keep)
+
+    @precondition(lambda self: self.fault is None)
+    @rule(process=processes)
+    def save_two_in_the_background(self, process: Process) -> None:
+        """While one is in flight the other waits; their commits are in the order of the calls."""
+        self.count += 2
+        labels = [f"large-{self.count - 1}", f"large-{self.count}"]
+        before = self.place.keys("data")
+
+        def save() -> None:
+            for label in labels:
+                process.checkpoint.save_later(self.content(label, "large"), policy="queue")
+            process.checkpoint.wait()
+
+        if self.operate(process, save) == "done":
+            for label in labels:
+                keys = tuple(key for key in self.place.keys("data") - before if self.holds(key, label))
+                assert keys or label != labels[-1]  # with keep=1 the first one may be gone already
+                self.oracle.saved(Saved(label, certain=True, keys=keys), process.family, process.loaded)
+
+    def holds(self, key: str, label: str) -> bool:
+        return self.place.read(key).startswith(f"{label}.".encode())
 
     @rule(process=processes, kinds=st.lists(st.sampled_from(["large", "folder"]), min_size=2, max_size=3))
     def save_what_rots(self, process: Process, kinds: list[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any, assert_type
 import taskckpt
 from taskckpt import (
     Checkpoint,
+    PendingSave,
     StaleAttemptError,
     TaskckptError,
     TaskckptWarning,
@@ -58,6 +59,22 @@ cp.save_sync()  # type: ignore[call-arg]
 cp.load_sync("folder")  # type: ignore[call-arg]
 cp.load_sync().read_bytes()  # type: ignore[union-attr]  # it may be None: that is the point
 
+assert_type(cp.save_state_sync({"step": 1}), None)
+assert_type(cp.load_state_sync(), dict[str, Any] | None)
+cp.save_state_sync([1])  # type: ignore[arg-type]
+cp.save_state_sync({1: 2})  # type: ignore[dict-item]
+saving = cp.save_later(b"1")
+assert_type(saving, PendingSave)
+assert_type(cp.save_later({"step": 1}, policy="queue", progress=True), PendingSave)
+assert_type(saving.result(), bool)
+assert_type(saving.result(timeout_s=1.5), bool)
+assert_type(saving.done(), bool)
+assert_type(cp.wait(), None)
+cp.wait(timeout_s=3)
+cp.save_later(7)  # type: ignore[arg-type]
+cp.save_later(b"1", policy="newest")  # type: ignore[arg-type]
+cp.save_later(b"1", "queue")  # type: ignore[call-arg]
+
 assert_type(cp.path, Path | None)
 assert_type(cp.prev_exists(), bool)
 assert_type(cp.remote_source, str | None)
@@ -81,6 +98,9 @@ async def asynchronous() -> None:
     assert_type(await cp.load(to="folder", replace=True), Path | None)
     assert_type(await cp.load_bytes(), bytes | None)
     await cp.save(b"1")
+    await cp.save_state({"step": 1})
+    assert_type(await cp.load_state(), dict[str, Any] | None)
+    assert_type(await cp.save_later(b"1"), bool)
     await cp.clear()
     await cp.save(7)  # type: ignore[arg-type]
 

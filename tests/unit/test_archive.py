@@ -101,7 +101,7 @@ def fill(root: Path) -> Path:
 
 def packed(root: Path) -> list[bytes]:
     tree = _archive.scan(root)
-    chunks = list(_archive.pack(tree))
+    chunks = list(map(bytes, _archive.pack(tree)))
     assert sum(map(len, chunks)) == tree.tar_size_bytes
     assert max(map(len, chunks)) <= 1 << 20
     return chunks
@@ -288,7 +288,7 @@ def tar(arguments: list[str], stdin: bytes) -> bytes:
 def test_gnu_tar_and_tarfile_unpack_ours(root, target, tmp_path) -> None:
     before = snapshot(fill(root))
     archive = tmp_path / "x.tar.gz"
-    archive.write_bytes(b"".join(_gzip.compress(packed(root))))
+    archive.write_bytes(b"".join(map(bytes, _gzip.compress(packed(root)))))
     subprocess.run(["tar", "xzpf", str(archive), "-C", str(target)], check=True)
     assert snapshot(target) == before
     with tarfile.open(archive) as opened:
@@ -515,7 +515,7 @@ def test_every_change_is_noticed_and_named(root, change, message) -> None:
     (root / "last").mkdir()
     (root / "small").write_bytes(b"0123456789")
     (root / "to").symlink_to("a")
-    chunks = _archive.pack(_archive.scan(root))
+    chunks = map(bytes, _archive.pack(_archive.scan(root)))
     got = [next(chunks), next(chunks), next(chunks)]  # the headers before "a"; "a"; its padding and the header of "c"
     assert len(got[1]) == 400_000
     change(root)
@@ -638,3 +638,13 @@ def test_errors_of_the_stream_pass_through(target) -> None:
 
     with pytest.raises(ConnectionResetError, match="the network"):
         extract(chunks(), target, ROOM)
+
+
+def test_a_chunk_stays_as_it_is_until_the_next_is_asked_for(root) -> None:
+    content = os.urandom(5_000_000)
+    (root / "big").write_bytes(content)
+    (root / "small").write_bytes(content[:300])
+    seen = [(chunk, bytes(chunk)) for chunk in _archive.pack(_archive.scan(root))]
+    assert content in b"".join(copy for _, copy in seen)
+    # Whoever keeps chunks instead sees the buffer as it was filled last: that it is used again is what is wanted.
+    assert sum(bytes(chunk) != copy for chunk, copy in seen) > 3

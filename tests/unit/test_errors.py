@@ -18,6 +18,7 @@ CODES = {
     "UnsafeArchiveError": "unsafe-archive",
     "UnsupportedFormatError": "unsupported-format",
     "StaleAttemptError": "stale-attempt",
+    "StillPendingError": "still-pending",
     "SourceChangedError": "source-changed",
     "UnavailableError": "unavailable",
     "StorageFullError": "storage-full",
@@ -34,6 +35,7 @@ CODES = {
 
 # What code that has never heard of taskckpt catches.
 TWINS = {
+    "StillPendingError": TimeoutError,
     "DeniedError": PermissionError,
     "NotFoundError": FileNotFoundError,
     "AlreadyExistsError": FileExistsError,

@@ -20,24 +20,30 @@ LAYERS = [
     *("testing", "testing._contract", "testing._intercept", "testing.servers", "testing._cloud_servers"),
     *("testing._process", "testing._guard"),
     "__init__",
-    *("_task", "latest", "context", "_checkpoint", "_attempt", "_telling"),
+    *("_task", "latest", "context", "_checkpoint", "_later", "_pending", "_aside", "_attempt", "_telling"),
     *("_bridge", "_workspace", "_chain", "_payload", "_log"),
     *("_foreign", "_extract", "_archive", "_gzip", "_tar"),
     *("_retention", "_history", "_identity", "engines", "_records", "_arguments", "_progress"),
-    *("_s3", "_fsspec", "_local", "_layout", "_store"),
+    *("_obstore", "_obstore_clouds", "_obstore_options", "_azure", "_gcs", "_s3", "_fsspec", "_local", "_layout", "_store"),
+    *("_state", "_state_reader", "_state_writer", "_snapshot", "_arrays", "_dtypes", "_safetensors"),
     *("_operation", "_testing", "errors"),
 ]
 
 # Doors that open upwards, inside of functions only: factories, and two rooms that share one door.
 UPWARDS = {("_checkpoint", "context"), ("_store", "_fsspec"), ("_store", "_local"), ("_fsspec", "_s3")}
+UPWARDS |= {("_fsspec", "_azure"), ("_fsspec", "_gcs"), ("_fsspec", "_obstore")}
 
 # What comes from elsewhere, and who may ask for it. "lazily" is: inside of functions.
 OUTSIDE = {
     "aiobotocore": {"_s3": "lazily", "_fsspec": "lazily"},
+    "aiohttp": {"_gcs": "lazily"},
+    "azure": {"_azure": "lazily", "_obstore_clouds": "lazily"},
     "asyncio": {"_bridge": "at once"},
     "blake3": {"_records": "at once", "_payload": "at once"},
-    "botocore": {"_s3": "lazily", "_fsspec": "lazily"},
+    "botocore": {"_s3": "lazily", "_fsspec": "lazily", "_obstore_options": "lazily"},
     "fsspec": {"_fsspec": "lazily"},
+    "obstore": {"_obstore": "lazily"},
+    "google": {"_obstore_clouds": "lazily"},
     "isal": {"_gzip": "at once", "_foreign": "at once"},
     "s3fs": {"_s3": "lazily", "_fsspec": "lazily"},
     "tqdm": {"_progress": "lazily"},
@@ -48,12 +54,12 @@ OUTSIDE = {
 NEVER = {"pickle", "shelve", "marshal", "cloudpickle", "dill", "requests", "concurrent.interpreters"}
 
 # Signals between rooms: never errors to users. Whoever adds one shows that it cannot leave the package.
-SIGNALS = {"LogMoved", "Stopped", "_ClaimDenied", "_Malformed", "_SourceError"}
+SIGNALS = {"LogMoved", "Malformed", "Refused", "Stopped", "_ClaimDenied", "_Malformed", "_Newer", "_SourceError"}
 
 LONG_FILE, LONGEST_FILE = 450, 620
 LONG_FUNCTION, LONGEST_FUNCTION = 40, 60
 # Lines that hold code, in all modules of the core.
-LARGEST_CORE = 7500
+LARGEST_CORE = 8500
 
 TREES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
@@ -133,9 +139,9 @@ def test_who_may_ask_for_what_comes_from_elsewhere():
     assert not wrong
 
 
-def test_only_one_module_imports_fsspec_and_one_asyncio():
+def test_only_one_module_imports_fsspec_one_obstore_and_one_asyncio():
     """The rules that matter most, once more and without exceptions."""
-    for name, where in (("fsspec", {"_fsspec"}), ("asyncio", {"_bridge"})):
+    for name, where in (("fsspec", {"_fsspec"}), ("obstore", {"_obstore"}), ("asyncio", {"_bridge"})):
         found = {one.importer for one in ALL if one.name.partition(".")[0] == name and one.importer[:7] != "testing"}
         assert found <= where
 

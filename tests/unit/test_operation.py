@@ -7,7 +7,7 @@ import time
 import pytest
 
 from taskckpt import _operation
-from taskckpt._operation import TRIES, Stop, Stopped, ordered_map, with_retries
+from taskckpt._operation import TRIES, Stop, Stopped, made_ahead, ordered_map, with_retries
 from taskckpt.errors import DeniedError, NotFoundError, StorageFullError, TaskckptError, UnavailableError
 from taskckpt.testing import instant_retries
 
@@ -195,3 +195,55 @@ def test_without_threads_the_work_is_done_here(monkeypatch):
     monkeypatch.setattr("concurrent.futures.ThreadPoolExecutor.submit", refuse)
     here = threading.get_ident()
     assert list(ordered_map(lambda n: (n, threading.get_ident()), range(3), threads=2)) == [(n, here) for n in range(3)]
+
+
+# --- made_ahead --------------------------------------------------------------------------------
+
+
+def test_the_next_item_is_made_while_the_consumer_works_and_no_further_one():
+    made = []
+    second = threading.Event()
+
+    def items():
+        for number in range(5):
+            made.append(number)
+            if number == 1:
+                second.set()
+            yield number
+
+    found = made_ahead(items())
+    assert next(found) == 0
+    assert second.wait(5)
+    time.sleep(0.02)
+    assert made == [0, 1]
+    assert list(found) == [1, 2, 3, 4]
+    assert list(made_ahead(())) == []
+
+
+def test_an_error_comes_after_the_items_before_it():
+    def items():
+        yield 1
+        raise Stopped
+
+    found = made_ahead(items())
+    assert next(found) == 1
+    with pytest.raises(Stopped):
+        next(found)
+
+
+def test_whoever_closes_waits_for_the_item_that_is_being_made():
+    ended = []
+
+    def items():
+        for number in range(5):
+            time.sleep(0.02)
+            ended.append(number)
+            yield number
+
+    source = items()
+    found = made_ahead(source)
+    next(found)
+    found.close()
+    assert ended == [0, 1]
+    source.close()  # which no thread is in any more
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("taskckpt_")]

@@ -22,6 +22,7 @@ from typing import Any
 from taskckpt import Checkpoint
 from taskckpt.errors import CorruptCheckpointError
 
+STATE = {"step": 7, "name": "größer", "nested": {"lr": 1e-3, "done": [True, None], "data": bytes(range(200)) * 100}}
 NOON = 1_750_000_000_123_456_789  # an mtime, in nanoseconds
 
 
@@ -32,7 +33,7 @@ def main(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)
         for make in (text, binary, empty, file, odd_name, tree, attempts, joined, cleared, damaged_payload,
-                     damaged_record, cut_record, nothing_intact):  # fmt: skip
+                     damaged_record, cut_record, nothing_intact, state):  # fmt: skip
             name = make.__name__.replace("_", "-")
             make(str(folder / name))
             expected[name] = described(str(folder / name))
@@ -143,6 +144,10 @@ def cut_record(dest: str) -> None:
 def nothing_intact(dest: str) -> None:
     Checkpoint(dest).save_sync(b"lost")
     flip(min(Path(dest, "log").iterdir()))
+
+
+def state(dest: str) -> None:
+    Checkpoint(dest).save_state_sync(STATE)
 
 
 def flip(path: Path) -> None:
