@@ -229,7 +229,7 @@ class Attempt:
             if self._saves_under_way:
                 raise UsageError("clear was called in the middle of a save of the same thread.", uri=store.uri)
             log = self._own_log(store)
-            if not store.list_below(LOG, first_page=True).sizes and not self.sources:
+            if not store.list_below(LOG, first_page=True).names and not self.sources:
                 return  # nothing was ever saved here
             log.hold(stop)
             self._tell_hold()

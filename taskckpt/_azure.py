@@ -18,7 +18,7 @@ from taskckpt._fsspec import FileSystem, FsspecStore, in_loop_of, new_filesystem
 from taskckpt._layout import DATA
 from taskckpt._operation import Stop, ordered_map
 from taskckpt._s3 import CONNECT_TIMEOUT_S, MIB, READ_TIMEOUT_S, regrouped
-from taskckpt._store import Listing
+from taskckpt._store import FIRST_PAGE, Listing
 from taskckpt.errors import NotFoundError, TaskckptError
 
 T = TypeVar("T")
@@ -72,19 +72,22 @@ class AzureStore(FsspecStore):
 
     def list_below(self, folder: str, *, first_page: bool = False) -> Listing:
         prefix = self._key(folder) + "/"
-        sizes: dict[str, int] = {}
+        names: list[str] = []
         token: str | None = None
         while True:
-            found, token = self._azure(folder, self._page, prefix, token, ["metadata"])
-            names = [blob.name.removeprefix(prefix) for blob in found]
-            sizes.update((name, blob.size) for name, blob in zip(names, found, strict=True) if not _is_folder(blob))
+            most = FIRST_PAGE if first_page else PAGE
+            found, token = self._azure(folder, self._page, prefix, token, ["metadata"], most)
+            page = [blob.name.removeprefix(prefix) for blob in found]
+            names += [name for name, blob in zip(page, found, strict=True) if not _is_folder(blob)]
             # Accounts with real folders do not promise an order: there the first page proves nothing.
-            if not token or (first_page and names == sorted(names)):
-                return Listing(sizes, complete=not token)
+            if not token or (first_page and page == sorted(page)):
+                return Listing(names, complete=not token)
 
-    async def _page(self, prefix: str, token: str | None, include: list[str]) -> tuple[list[Any], str | None]:
+    async def _page(
+        self, prefix: str, token: str | None, include: list[str], most: int = PAGE
+    ) -> tuple[list[Any], str | None]:
         listing = self._container.list_blobs(
-            name_starts_with=prefix, include=include, results_per_page=PAGE, **self._patience
+            name_starts_with=prefix, include=include, results_per_page=most, **self._patience
         )
         pages = listing.by_page(continuation_token=token)
         return [blob async for blob in await anext(pages)], pages.continuation_token

@@ -150,10 +150,10 @@ class Checkpoint:
         prefix = keyed_prefix(key) if key is not None else task_prefix(context.run_and_origin(run)[0], str(task))
         options, timeout_s = checked_options(storage_options), checked_timeout(timeout_s)
         attempt = Attempt(root.child(prefix), storage_options=options, timeout_s=timeout_s, read_only=True)
-        if not attempt.open_store().list_below(LOG, first_page=True).sizes:
+        if not attempt.open_store().list_below(LOG, first_page=True).names:
             run_folder, _, name = prefix.partition("/")
             store = open_store(root.child(run_folder), storage_options=options, timeout_s=timeout_s)
-            names = sorted({one.partition("/")[0] for one in store.list_below("").sizes})
+            names = sorted({one.partition("/")[0] for one in store.list_below("").names})
             raise NotFoundError(
                 f"There is no task {name!r}.",
                 uri=attempt.dest.uri,

@@ -56,8 +56,8 @@ def look(store: Store, src_kind: str, stop: Stop) -> ForeignObject | None:
     """
     size = store.size("")
     if size is None:
-        has_log = store.list_below(LOG, first_page=True).sizes  # of a task that has saved nothing
-        if not has_log and store.list_below("", first_page=True).sizes:
+        has_log = store.list_below(LOG, first_page=True).names  # of a task that has saved nothing
+        if not has_log and store.list_below("", first_page=True).names:
             raise UsageError(
                 "There is something at src, but neither a taskckpt log nor a single object.",
                 uri=store.uri,

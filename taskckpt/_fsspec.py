@@ -234,14 +234,14 @@ class FsspecStore:
             return Listing(self._walk(root))
 
         listing = self._call(folder, request)
-        if not listing.sizes:
+        if not listing.names:
             self._call(folder, self._require_bucket)
         return listing
 
-    def _walk(self, root: str) -> dict[str, int]:
+    def _walk(self, root: str) -> list[str]:
         """All objects below a folder. Not fsspec's find: that one leaves out what it cannot list, and says nothing."""
         start = len(self.fs._strip_protocol(root)) + 1  # noqa: SLF001 - how ls() spells what it found
-        sizes: dict[str, int] = {}
+        names: list[str] = []
         pending = [root]
         while pending:
             try:
@@ -253,8 +253,8 @@ class FsspecStore:
                 if entry["type"] == "directory":
                     pending.append(name)
                 elif name[start:]:
-                    sizes[name[start:]] = int(entry.get("size") or 0)
-        return sizes
+                    names.append(name[start:])
+        return names
 
     def _require_bucket(self) -> None:
         if self._location.protocol in BUCKET_PROTOCOLS:

@@ -22,7 +22,7 @@ from taskckpt._fsspec import FileSystem, FsspecStore, new_filesystem, no_such_bu
 from taskckpt._layout import DATA
 from taskckpt._operation import Stop, ordered_map
 from taskckpt._s3 import CONNECT_TIMEOUT_S, MIB, READ_TIMEOUT_S, regrouped
-from taskckpt._store import Listing
+from taskckpt._store import FIRST_PAGE, Listing
 from taskckpt.errors import NotFoundError, TaskckptError, UnavailableError
 
 # Parts of a resumable upload go one after the other, each a multiple of 256 KiB; Google advises 8 MiB or more. While
@@ -71,16 +71,16 @@ class GCSStore(FsspecStore):
 
     def list_below(self, folder: str, *, first_page: bool = False) -> Listing:
         prefix = self._key(folder) + "/"
-        sizes: dict[str, int] = {}
+        names: list[str] = []
         token: str | None = None
         while True:
-            page = self._page(folder, prefix=prefix, pageToken=token, maxResults=PAGE)
-            for entry in page.get("items", ()):
-                if not entry["name"].endswith("/"):  # else made by a console, to show an empty folder
-                    sizes[entry["name"].removeprefix(prefix)] = int(entry["size"])
+            most = FIRST_PAGE if first_page else PAGE
+            page = self._page(folder, prefix=prefix, pageToken=token, maxResults=most)
+            found = [entry["name"].removeprefix(prefix) for entry in page.get("items", ())]
+            names += [name for name in found if not name.endswith("/")]  # a console makes those, for an empty folder
             token = page.get("nextPageToken")
             if first_page or not token:
-                return Listing(sizes, complete=not token)
+                return Listing(names, complete=not token)
 
     def _page(self, folder: str, **query: Any) -> dict[str, Any]:
         query["fields"] = "kind,items(name,size),nextPageToken"

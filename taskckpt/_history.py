@@ -97,7 +97,7 @@ class LogReader:
         """A fresh listing; by default only of the newest records where the store can stop early."""
         listing = self.store.list_below(LOG, first_page=first_page)
         names: dict[int, tuple[SlotName, ...]] = {}
-        for text in listing.sizes:
+        for text in listing.names:
             name = parse_slot_name(text)
             if name is not None:  # other files may lie there (.nfs..., backups): not ours, not read
                 names[name.slot] = (*names.get(name.slot, ()), name)

@@ -102,25 +102,24 @@ class LocalStore:
                 time.sleep(0.001)
         raise UnavailableError(f"The folder kept changing during {MAX_LISTINGS} listings.", uri=self._path(folder))
 
-    def _walk(self, folder: str) -> dict[str, int]:
-        sizes: dict[str, int] = {}
+    def _walk(self, folder: str) -> set[str]:
+        names: set[str] = set()
         pending = [""]
         while pending:
             below = pending.pop()
             try:
                 with os.scandir(os.path.join(self._path(folder), below)) as entries:
                     for entry in entries:
-                        name = below + entry.name
-                        if entry.name.startswith("."):
+                        name = entry.name
+                        if name.startswith("."):
                             continue
                         if entry.is_dir(follow_symlinks=False):
-                            pending.append(name + "/")
-                            continue
-                        with contextlib.suppress(FileNotFoundError):
-                            sizes[name] = entry.stat().st_size
+                            pending.append(f"{below}{name}/")
+                        else:
+                            names.add(below + name)
             except FileNotFoundError:
                 self._require_reachable()
-        return sizes
+        return names
 
     def _require_reachable(self) -> None:
         """An absent folder is an empty one, but a root behind a file or a forbidden folder is an error."""

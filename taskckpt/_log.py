@@ -303,7 +303,7 @@ class TaskLog:
     def clear(self, stop: Stop) -> None:
         """Everything saved so far exists no more: first the record says so, then it is deleted."""
         # Listed before the record exists: a child that joins after it may upload while we delete.
-        doomed = self._store.list_below(DATA).sizes
+        doomed = self._store.list_below(DATA).names
         cleared = self._append(lambda slot: Clear(self._stamp(slot, self._own_claim(), new_nonce())), stop)
         known = self._retained().cleared()
         sole_writer = self._first == self._own_claim().slot and cleared.stamp.slot == self._last
@@ -472,7 +472,7 @@ class TaskLog:
             self._store.sweep(lambda key: _is_dead(key, claim.slot))
             if survey.unreadable:
                 return
-            keys = (f"{DATA}/{name}" for name in self._store.list_below(DATA).sizes)
+            keys = (f"{DATA}/{name}" for name in self._store.list_below(DATA).names)
         except TaskckptError as error:
             logger.warning("What killed attempts left behind could not be listed: %s", error)
             return

@@ -296,16 +296,16 @@ class ObstoreStore:
         prefix = self._key(folder)
 
         def request() -> Listing:
-            sizes: dict[str, int] = {}
+            found: list[str] = []
             for page in obstore.list(self._client(), prefix, chunk_size=PAGE_KEYS):
                 names = [entry["path"].removeprefix(f"{prefix}/") for entry in page]
-                sizes.update(zip(names, (int(entry["size"]) for entry in page), strict=True))
+                found += names
                 # Directory buckets (S3 Express) list in no order: there the first page proves nothing.
                 if first_page and len(page) == PAGE_KEYS and names == sorted(names):
-                    return Listing(sizes, complete=False)
-            if len(sizes) % PAGE_KEYS == 0:
+                    return Listing(found, complete=False)
+            if len(found) % PAGE_KEYS == 0:
                 self._require_listing()
-            return Listing(sizes)
+            return Listing(found)
 
         return self._call(folder, request)
 

@@ -14,7 +14,7 @@ from typing import Any
 from taskckpt._fsspec import FileSystem, FsspecStore, new_filesystem
 from taskckpt._layout import DATA
 from taskckpt._operation import Stop, ordered_map
-from taskckpt._store import Listing
+from taskckpt._store import FIRST_PAGE, Listing
 from taskckpt.errors import NotFoundError, TaskckptError, UnavailableError, UsageError
 
 logger = logging.getLogger("taskckpt")
@@ -26,8 +26,6 @@ PART_BYTES = 5 * MIB
 UPLOAD_THREADS = 4
 MAX_PARTS = 10_000
 DELETE_BATCH = 1000
-# Where the newest records are enough: botocore takes 0.1 ms to read what a listing says of one.
-FIRST_PAGE = 16
 
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
@@ -75,19 +73,19 @@ class S3Store(FsspecStore):
 
     def list_below(self, folder: str, *, first_page: bool = False) -> Listing:
         prefix = self._key(folder) + "/"
-        sizes: dict[str, int] = {}
+        found: list[str] = []
         token: dict[str, Any] = {"MaxKeys": FIRST_PAGE} if first_page else {}
         while True:
             page = self._s3(folder, "list_objects_v2", Prefix=prefix, **token)
             if "IsTruncated" not in page and "Name" not in page:  # else any web page would be an empty bucket
                 raise UnavailableError("The answer is no listing.", uri=self.uri, hint="Check the endpoint.")
             names = [entry["Key"].removeprefix(prefix) for entry in page.get("Contents", ())]
-            sizes.update(zip(names, (int(entry["Size"]) for entry in page.get("Contents", ())), strict=True))
+            found += names
             if not page.get("IsTruncated"):
-                return Listing(sizes)
+                return Listing(found)
             # Directory buckets (S3 Express) list in no order: there the first page proves nothing.
             if first_page and names == sorted(names):
-                return Listing(sizes, complete=False)
+                return Listing(found, complete=False)
             token = {"ContinuationToken": page["NextContinuationToken"]}
 
     def size(self, key: str) -> int | None:

@@ -63,21 +63,21 @@ class StoreContract:
         for folder in ("", LOG, DATA, f"{DATA}/deeper/still"):
             for first_page in (False, True):
                 listing = store.list_below(folder, first_page=first_page)
-                assert dict(listing.sizes) == {}
+                assert not listing.names
                 assert listing.complete
 
     def test_a_listing_has_all_below_a_folder_and_nothing_beside_it(self, open_at: OpenAt) -> None:
-        """Recursive, names relative to the folder, sizes in bytes."""
+        """Recursive, names relative to the folder."""
         store = open_at("")
         _create(store, slot_key(1), b"a record")
         _write(store, "data/a/one", b"1")
         _write(store, "data/a/deeper/two", b"22")
         _write(store, "data/zero", b"")
         _write(store, "data-of-others/three", b"333")
-        assert dict(store.list_below(DATA).sizes) == {"a/one": 1, "a/deeper/two": 2, "zero": 0}
-        assert dict(store.list_below("data/a").sizes) == {"one": 1, "deeper/two": 2}
-        assert dict(store.list_below(LOG).sizes) == {slot_key(1).removeprefix(f"{LOG}/"): 8}
-        assert len(store.list_below("").sizes) == 5
+        assert sorted(store.list_below(DATA).names) == ["a/deeper/two", "a/one", "zero"]
+        assert sorted(store.list_below("data/a").names) == ["deeper/two", "one"]
+        assert list(store.list_below(LOG).names) == [slot_key(1).removeprefix(f"{LOG}/")]
+        assert len(store.list_below("").names) == 5
 
     def test_a_listing_is_never_stale(self, open_at: OpenAt) -> None:
         """Neither what another connection has written nor what it has deleted is missed."""
@@ -86,10 +86,10 @@ class StoreContract:
             key = slot_key(number + 1)
             assert one.size(key) is None
             _create(other, key, b"new")
-            assert len(one.list_below(LOG).sizes) == 1
+            assert len(one.list_below(LOG).names) == 1
             assert one.size(key) == 3
             other.delete([key])
-            assert len(one.list_below(LOG).sizes) == 0
+            assert len(one.list_below(LOG).names) == 0
             assert one.size(key) is None
 
     def test_many_objects_are_listed_and_deleted(self, open_at: OpenAt) -> None:
@@ -101,13 +101,13 @@ class StoreContract:
         names = [key.removeprefix(f"{LOG}/") for key in keys]
         everything = store.list_below(LOG)
         assert everything.complete
-        assert sorted(everything.sizes) == names
+        assert sorted(everything.names) == names
         page = store.list_below(LOG, first_page=True)
-        assert sorted(page.sizes) == names[: len(page.sizes)]
-        assert page.complete == (len(page.sizes) == len(names))
-        assert page.sizes
+        assert sorted(page.names) == names[: len(page.names)]
+        assert page.complete == (len(page.names) == len(names))
+        assert page.names
         store.delete([*keys[1:], f"{LOG}/absent"])
-        assert list(store.list_below(LOG).sizes) == names[:1]
+        assert list(store.list_below(LOG).names) == names[:1]
 
     # --- read, size ----------------------------------------------------------------------------
 
@@ -183,7 +183,7 @@ class StoreContract:
         for loser in (store, open_at("")):
             _raises(AlreadyExistsError, lambda loser=loser: _create(loser, slot_key(1), b"second, longer"))  # type: ignore[misc]
             assert open_at("").read(slot_key(1)) == b"first"
-        assert list(store.list_below("").sizes) == [slot_key(1)]
+        assert list(store.list_below("").names) == [slot_key(1)]
         assert not self.leftovers(store)
 
     def test_a_deleted_key_can_be_created_again(self, open_at: OpenAt) -> None:
@@ -199,7 +199,7 @@ class StoreContract:
         store, stop = open_at(""), Stop()
         stop.set()
         _raises(Stopped, lambda: store.create(slot_key(1), b"never", stop))
-        assert not store.list_below("").sizes
+        assert not store.list_below("").names
 
     def test_of_threads_that_create_the_same_key_one_wins(self, open_at: OpenAt) -> None:
         """Some share a connection, some have their own."""
@@ -272,7 +272,7 @@ class StoreContract:
                 ),
             )
             assert str(raised) == "the source broke"
-        assert not store.list_below("").sizes
+        assert not store.list_below("").names
         assert not self.leftovers(store)
 
     def test_nothing_is_left_of_a_write_that_is_stopped(self, open_at: OpenAt) -> None:
@@ -285,7 +285,7 @@ class StoreContract:
                 store.write(key, _stopping(stop, after, part, more=more), after, stop)
 
             _raises(Stopped, write)
-        assert not store.list_below("").sizes
+        assert not store.list_below("").names
         assert not self.leftovers(store)
 
     def test_nothing_is_seen_of_a_write_before_it_ends(self, open_at: OpenAt) -> None:
@@ -298,10 +298,10 @@ class StoreContract:
         def source() -> Iterator[bytes]:
             for _ in range(3):
                 yield _pattern(self.part_bytes)
-                seen.extend((reader.size("data/a/one"), dict(reader.list_below(DATA).sizes)))
+                seen.extend((reader.size("data/a/one"), list(reader.list_below(DATA).names)))
 
         store.write("data/a/one", source(), 3 * self.part_bytes, Stop())
-        assert seen == [None, {}] * 3
+        assert seen == [None, []] * 3
         assert reader.size("data/a/one") == 3 * self.part_bytes
 
     def test_several_threads_write_at_once(self, open_at: OpenAt) -> None:
@@ -325,7 +325,7 @@ class StoreContract:
         _write(store, "data/a/two", b"2")
         store.delete(["data/a/one", "data/a/absent"])
         store.delete(["data/a/one"])
-        assert list(store.list_below("").sizes) == ["data/a/two"]
+        assert list(store.list_below("").names) == ["data/a/two"]
         _write(store, "data/a/one", b"again")
         assert store.read("data/a/one") == b"again"
 
@@ -340,7 +340,7 @@ class StoreContract:
         if self.across_processes:
             with _children(lambda key: _killed_while_writing(open_at(""), key, self.part_bytes), (dead, living)):
                 pass
-        before = set(store.list_below("").sizes)
+        before = set(store.list_below("").names)
         assert before >= {whole, slot_key(1)}
         half_written = len(self.leftovers(store))
         asked: list[str] = []
@@ -350,7 +350,7 @@ class StoreContract:
             return key == dead
 
         store.sweep(is_dead)
-        assert set(store.list_below("").sizes) >= {whole, slot_key(1)}
+        assert set(store.list_below("").names) >= {whole, slot_key(1)}
         assert set(asked) <= {dead, living}, "sweep asks about half-written keys only"
         if half_written:
             assert sorted(asked) == [dead, living]

@@ -72,7 +72,7 @@ class Place:
         return open_store(parse(self.at(path).url), storage_options=self.options, timeout_s=20)
 
     def keys(self, path: str = "") -> list[str]:
-        return sorted(self.open(path).list_below("").sizes)
+        return sorted(self.open(path).list_below("").names)
 
     def get(self, path: str) -> bytes:
         return self.open().read(path)

@@ -62,7 +62,7 @@ class Site:
         return with_shared_client(made, server.endpoint_url)
 
     def keys(self, part: str) -> list[str]:
-        return sorted(self.view()._attempt.open_store().list_below(part).sizes)
+        return sorted(self.view()._attempt.open_store().list_below(part).names)
 
 
 @pytest.fixture(autouse=True)

@@ -185,7 +185,7 @@ def _no_second_listing(patch: pytest.MonkeyPatch) -> None:
 
 
 def _names(store: Any, folder: str) -> list[str]:
-    return list(store.list_below(folder).sizes)
+    return list(store.list_below(folder).names)
 
 
 def _clear_takes_the_log(patch: pytest.MonkeyPatch) -> None:
@@ -262,7 +262,7 @@ def _prune_what_others_wrote(patch: pytest.MonkeyPatch) -> None:
 
 def _clear_without_a_record(patch: pytest.MonkeyPatch) -> None:
     def clear(self: TaskLog, stop: Any) -> None:
-        self._store.delete([f"data/{name}" for name in self._store.list_below("data").sizes])
+        self._store.delete([f"data/{name}" for name in self._store.list_below("data").names])
 
     patch.setattr(TaskLog, "clear", clear)
 

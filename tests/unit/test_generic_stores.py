@@ -14,6 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from taskckpt import Checkpoint, TaskckptWarning
 from taskckpt._local import LocalStore
+from taskckpt._store import Listing
 from taskckpt._testing import switches
 from taskckpt.errors import (
     DeniedError,
@@ -252,3 +253,18 @@ def test_a_bucket_that_is_not_there_is_no_empty_one(moto):
     cp = Checkpoint("s3://no-such-bucket-at-all/x", read_only=True, storage_options=dict(moto.storage_options))
     with pytest.raises(NotFoundError):
         cp.load_sync()
+
+
+def test_old_ones_are_found_where_a_first_page_does_not_hold_their_names(gateway, monkeypatch):
+    def first_page_only(store, folder, *, first_page=False):
+        listing = LocalStore.list_below(store, folder)
+        return Listing(sorted(listing.names)[:16], complete=False) if first_page else listing
+
+    monkeypatch.setattr(Overwriting, "list_below", first_page_only)
+    cp = Checkpoint(gateway, keep=None)
+    for number in range(30):
+        cp.save_sync(bytes([number]) * 70_000)
+    payloads = sorted(path for path in (gateway / "data").rglob("*") if path.is_file())
+    for path in payloads[8:]:
+        path.write_bytes(b"damaged")
+    assert Checkpoint(gateway, read_only=True).load_bytes_sync() == bytes([7]) * 70_000

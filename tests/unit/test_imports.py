@@ -24,7 +24,8 @@ LAYERS = [
     *("_bridge", "_workspace", "_chain", "_payload", "_log"),
     *("_foreign", "_extract", "_archive", "_gzip", "_tar"),
     *("_retention", "_history", "_identity", "engines", "_records", "_arguments", "_progress"),
-    *("_obstore", "_obstore_clouds", "_obstore_options", "_azure", "_gcs", "_s3", "_fsspec", "_local", "_layout", "_store"),
+    *("_obstore", "_obstore_clouds", "_obstore_options", "_azure", "_gcs", "_s3", "_fsspec", "_local"),
+    *("_layout", "_store"),
     *("_state", "_state_reader", "_state_writer", "_snapshot", "_arrays", "_dtypes", "_safetensors"),
     *("_operation", "_testing", "errors"),
 ]

@@ -172,7 +172,7 @@ def test_whoever_stops_early_waits_for_what_runs_and_starts_no_more():
 
     results = ordered_map(work, range(100), threads=3)
     assert next(results) == 0
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     now = list(ended)
     assert len(now) <= 5
     time.sleep(0.05)

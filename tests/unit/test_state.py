@@ -717,7 +717,8 @@ def test_a_chunk_stays_as_it_is_while_the_array_changes():
         array += 1  # by another thread, or another coroutine
         stored += bytes(chunk)
     assert hashlib.sha256(stored).digest() == digest.digest()
-    assert set(decode([stored], "memory")["array"]) == {1, 2, 3}
+    found: Any = decode([stored], "memory")["array"]
+    assert set(found) == {1, 2, 3}
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
