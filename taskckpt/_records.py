@@ -139,6 +139,8 @@ _KIND_OF: Mapping[type, str] = {Claim: "claim", Join: "join", Commit: "commit", 
 
 # --- writing -----------------------------------------------------------------------------------
 
+_to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
 
 def encode(record: Record) -> bytes:
     """The two lines of a record."""
@@ -173,7 +175,7 @@ def encode(record: Record) -> bytes:
             }
         case Clear():
             pass
-    first = json.dumps(body, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    first = _to_json(body).encode() + b"\n"
     second = json.dumps({"blake3": blake3(first).hexdigest()}).encode() + b"\n"
     return first + second
 

@@ -19,6 +19,8 @@ logger = logging.getLogger("taskckpt")
 
 def tell_saved(commit: Commit, uri: str, *, prepare_s: float, upload_s: float, commit_s: float) -> None:
     """``prepare_s`` is for looking at the source and taking the task over; ``upload_s`` for packing and sending."""
+    if not logger.isEnabledFor(logging.INFO):
+        return
     total_s = prepare_s + upload_s + commit_s
     told = {
         "event": "saved",
@@ -44,6 +46,8 @@ def tell_saved(commit: Commit, uri: str, *, prepare_s: float, upload_s: float, c
 
 def tell_loaded(where: Origin, found: Loadable, *, find_s: float, restore_s: float) -> None:
     """``find_s`` is for the log and taking the task over, ``restore_s`` for reading and unpacking."""
+    if not logger.isEnabledFor(logging.INFO):
+        return
     told: dict[str, Any] = {
         "event": "loaded",
         "uri": where.store.uri,
