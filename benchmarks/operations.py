@@ -83,7 +83,7 @@ def _taskckpt_save_with(worth: float) -> Prepare:
     """The same with another threshold for what is deflated and what is stored."""
 
     def prepare(job: Job) -> Operation:
-        from taskckpt import _gzip
+        from taskckpt._archive import gzip as _gzip
 
         assert isinstance(_gzip._WORTH, float)  # noqa: SLF001 - there is no option for it, on purpose
         _gzip._WORTH = worth  # noqa: SLF001
@@ -357,7 +357,7 @@ def _ours(save: Prepare, stored_as: str, needs: tuple[str, ...] = (), transfer: 
 
 CONTESTANTS = {
     "taskckpt": _ours(_taskckpt_save, "taskckpt"),
-    "taskckpt obstore": _ours(_taskckpt_save, "taskckpt", ("taskckpt._obstore", "obstore"), "obstore"),
+    "taskckpt obstore": _ours(_taskckpt_save, "taskckpt", ("taskckpt._stores.obstore", "obstore"), "obstore"),
     "taskckpt fsspec": _ours(_taskckpt_save, "taskckpt", ("s3fs",), "fsspec"),
     "taskckpt deflated": _ours(_taskckpt_save_with(1.0), "taskckpt deflated"),
     "taskckpt stored": _ours(_taskckpt_save_with(0.0), "taskckpt stored"),

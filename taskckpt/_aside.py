@@ -17,16 +17,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from taskckpt import _archive, _payload, _workspace
-from taskckpt._archive import Entry, OpenFolders, Tree
+from taskckpt import _payload, _workspace
+from taskckpt._archive import pack
+from taskckpt._archive.pack import Entry, OpenFolders, Tree
+from taskckpt._archive.tar import FILE, FOLDER, LINK
 from taskckpt._attempt import SAVE_TRIES
-from taskckpt._local import translating
 from taskckpt._payload import Data, FileChunks, FolderChunks, Source
-from taskckpt._tar import FILE, FOLDER, LINK
+from taskckpt._stores.local import translating
 from taskckpt.errors import SourceChangedError, UnavailableError, UsageError
 
 if TYPE_CHECKING:
-    from taskckpt._state import HostBuffers
+    from taskckpt._states import HostBuffers
 
 # At most so much in one call, so that Ctrl-C is heard within the time that it takes.
 _COPY_BYTES = 64 << 20
@@ -79,9 +80,9 @@ def _nothing() -> None:
 
 
 def _state_aside(state: Mapping[str, Any], buffers: Callable[[], HostBuffers], make_room: Callable[[], None]) -> Aside:
-    from taskckpt import _state
+    from taskckpt import _states
 
-    encoded = _state.encode(state)
+    encoded = _states.encode(state)
     make_room()
     snapshot = encoded.snapshot(buffers())
     return Aside(partial(_payload.encoded_source, snapshot), snapshot.release)
@@ -124,9 +125,9 @@ def _file_copied(source: Source, copy: str) -> Callable[[], Source]:
 def _folder_copied(source: Source, copy: str) -> Callable[[], Source]:
     assert isinstance(source.chunks, FolderChunks)
     tree = source.chunks.tree
-    with _archive.reading(tree) as folders:
+    with pack.reading(tree) as folders:
         _copy_tree(tree, folders, copy)
-    now = _archive.scan(Path(copy))
+    now = pack.scan(Path(copy))
     if [_kept(entry) for entry in now.entries] != [_kept(entry) for entry in tree.entries]:
         raise UnavailableError(
             "This file system does not keep names, modes or times of a folder as they are.",
@@ -163,7 +164,7 @@ def _copy_tree(tree: Tree, folders: OpenFolders, copy: str) -> None:
 
 
 def _copy_file(tree: Tree, folders: OpenFolders, entry: Entry, parent_fd: int) -> None:
-    source = _archive.open_file(tree.root, folders, entry)
+    source = pack.open_file(tree.root, folders, entry)
     try:
         base = entry.name.rpartition(b"/")[2]
         target = os.open(base, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=parent_fd)

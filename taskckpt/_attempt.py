@@ -20,13 +20,13 @@ from taskckpt import _payload, _workspace
 from taskckpt._arguments import SourceKind, Target
 from taskckpt._chain import Chain, Loadable, Origin
 from taskckpt._layout import LOG
-from taskckpt._log import TaskLog, new_nonce
+from taskckpt._log.records import Commit
+from taskckpt._log.retention import Kept
+from taskckpt._log.writer import TaskLog, new_nonce
 from taskckpt._operation import Stop
 from taskckpt._payload import PAYLOAD, Source
 from taskckpt._progress import Report
-from taskckpt._records import Commit
-from taskckpt._retention import Kept
-from taskckpt._store import Location, Store, open_store, parse
+from taskckpt._stores import Location, Store, open_store, parse
 from taskckpt._telling import tell_loaded, tell_saved
 from taskckpt.errors import NotFoundError, SourceChangedError, StaleAttemptError, UsageError
 

@@ -9,10 +9,10 @@ from typing import TypeAlias, TypeVar
 
 from taskckpt import _foreign
 from taskckpt._foreign import ForeignObject
-from taskckpt._history import Damaged, LogMoved, LogReader, View
+from taskckpt._log.history import Damaged, LogMoved, LogReader, View
+from taskckpt._log.records import Claim, Clear, Commit
 from taskckpt._operation import Stop
-from taskckpt._records import Claim, Clear, Commit
-from taskckpt._store import Location, Store, parse
+from taskckpt._stores import Location, Store, parse
 from taskckpt.errors import CorruptCheckpointError, NotFoundError, TaskckptError, UnavailableError
 
 logger = logging.getLogger("taskckpt")

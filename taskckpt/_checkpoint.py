@@ -24,7 +24,7 @@ from taskckpt._operation import Stop
 from taskckpt._payload import Data, Source
 from taskckpt._pending import PendingSave, Policy, deadline_in
 from taskckpt._progress import Progress, checked_progress, reporting
-from taskckpt._store import Location, is_unset, open_store, parse
+from taskckpt._stores import Location, is_unset, open_store, parse
 from taskckpt.errors import NotFoundError, UsageError
 
 if TYPE_CHECKING:

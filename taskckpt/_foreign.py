@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from taskckpt import _extract, _gzip
+from taskckpt._archive import extract, gzip
 from taskckpt._layout import LOG
-from taskckpt._local import translating
+from taskckpt._log.records import Kind
 from taskckpt._operation import Stop
-from taskckpt._records import Kind
-from taskckpt._store import Store
+from taskckpt._stores import Store
+from taskckpt._stores.local import translating
 from taskckpt.errors import CorruptCheckpointError, MissingDependencyError, UsageError
 
 # Each is valid until the next is asked for; closed by whoever may stop early.
@@ -88,12 +88,12 @@ def restore_folder(store: Store, foreign: ForeignObject, folder: str, stop: Stop
     """Unpacks the archive into an empty private folder, to its very end, so that its checksums count."""
     with translating(folder):
         room = max(shutil.disk_usage(folder).free - SPARE_DISK_BYTES, 0)
-    limits = _extract.Limits(bytes=room, entries=MAX_ENTRIES)
+    limits = extract.Limits(bytes=room, entries=MAX_ENTRIES)
     with (
         closing(chunks_of(store, foreign, stop)) as chunks,
         closing(_DECOMPRESS[foreign.compression](chunks, foreign.uri)) as tar,
     ):
-        _extract.extract(tar, Path(folder), limits, foreign=True)
+        extract.extract(tar, Path(folder), limits, foreign=True)
         for _ in tar:
             pass
 
@@ -113,7 +113,7 @@ def _compression_of(head: bytes) -> str | None:
 def _holds_tar(head: bytes, compression: str | None, uri: str) -> bool:
     """Whether the first block is a valid tar header. Any doubt means that the object stays as it is."""
     if compression is None:
-        return _extract.looks_like_tar(head[:512])
+        return extract.looks_like_tar(head[:512])
     wanted = len(_EMPTY_TAR) + 1
     start = bytearray()
     try:
@@ -126,7 +126,7 @@ def _holds_tar(head: bytes, compression: str | None, uri: str) -> bool:
                     break
     except CorruptCheckpointError:
         pass  # the head of a stream ends early, and a damaged one is noticed when it is restored
-    return bytes(start) == _EMPTY_TAR or _extract.looks_like_tar(bytes(start[:512]))
+    return bytes(start) == _EMPTY_TAR or extract.looks_like_tar(bytes(start[:512]))
 
 
 # --- decompression -----------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def _plain(chunks: Chunks, uri: str) -> Chunks:  # noqa: ARG001
 
 
 def _gunzip(chunks: Chunks, uri: str) -> Chunks:  # noqa: ARG001
-    return _gzip.decompress(chunks)
+    return gzip.decompress(chunks)
 
 
 def _through(new: Callable[[], Any], failures: tuple[type[Exception], ...]) -> Callable[..., Chunks]:

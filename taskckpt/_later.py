@@ -27,7 +27,7 @@ from taskckpt._progress import Progress, reporting
 from taskckpt.errors import StaleAttemptError, UsageError
 
 if TYPE_CHECKING:
-    from taskckpt._state import HostBuffers
+    from taskckpt._states import HostBuffers
 
 logger = logging.getLogger("taskckpt")
 
@@ -121,7 +121,7 @@ class Later:
 
     def _host_buffers(self) -> HostBuffers:
         if self._buffers is None:
-            from taskckpt._state import HostBuffers
+            from taskckpt._states import HostBuffers
 
             self._buffers = HostBuffers()
         return self._buffers

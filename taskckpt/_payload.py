@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from blake3 import blake3
 
-from taskckpt import _archive, _extract, _foreign, _gzip
+from taskckpt import _foreign
+from taskckpt._archive import extract, gzip, pack
 from taskckpt._foreign import ForeignObject
-from taskckpt._local import translating
+from taskckpt._log.records import INLINE_LIMIT_BYTES, Commit, Content, Digest, Kind, Stored
 from taskckpt._operation import Stop, submit
 from taskckpt._progress import Report
-from taskckpt._records import INLINE_LIMIT_BYTES, Commit, Content, Digest, Kind, Stored
-from taskckpt._store import READ_BYTES, Store
+from taskckpt._stores import READ_BYTES, Store
+from taskckpt._stores.local import translating
 from taskckpt.errors import (
     CorruptCheckpointError,
     NotFoundError,
@@ -31,7 +32,7 @@ from taskckpt.errors import (
 )
 
 if TYPE_CHECKING:
-    from taskckpt._state import EncodedState
+    from taskckpt._states import EncodedState
 
 Data: TypeAlias = bytes | bytearray | memoryview | str | os.PathLike[str]
 
@@ -105,9 +106,9 @@ def state_source(state: Mapping[str, Any]) -> Source:
         raise UsageTypeError(
             f"save_state takes a dict, not {type(state).__name__}.", hint='Put it into one: {"value": ...}.'
         )
-    from taskckpt import _state  # only who saves states waits for it
+    from taskckpt import _states  # only who saves states waits for it
 
-    return encoded_source(_state.encode(state))
+    return encoded_source(_states.encode(state))
 
 
 def _bytes_source(view: memoryview) -> Source:
@@ -134,7 +135,7 @@ def _path_source(path: str, *, is_str: bool) -> Source:
             ) from error
         raise
     if stat.S_ISDIR(info.st_mode):
-        tree = _archive.scan(Path(path))
+        tree = pack.scan(Path(path))
         return Source(
             "folder",
             tree.tar_size_bytes,
@@ -153,10 +154,10 @@ def _path_source(path: str, *, is_str: bool) -> Source:
 class FolderChunks:
     """Reads a folder as a tar stream, and notices when it changes meanwhile."""
 
-    tree: _archive.Tree
+    tree: pack.Tree
 
     def __call__(self) -> Iterator[bytes | memoryview]:
-        return _archive.pack(self.tree)
+        return pack.pack(self.tree)
 
 
 def _name_of(path: str) -> str:
@@ -250,7 +251,7 @@ def upload(
     key = key_for(source.suffix)
     with closing(content.through(source.chunks())) as chunks:
         if source.kind == "folder":
-            with closing(_gzip.compress(chunks)) as members, closing(stored.through(members)) as hashed:
+            with closing(gzip.compress(chunks)) as members, closing(stored.through(members)) as hashed:
                 store.write(key, hashed, source.size_hint, stop)
         else:
             store.write(key, chunks, source.size_hint, stop)
@@ -345,9 +346,9 @@ def _restore_folder(
 ) -> None:
     content = commit.content
     meter = _Meter(report, content.digest.size_bytes)
-    limits = _extract.Limits(bytes=content.digest.size_bytes, entries=content.entries or 0)
-    with closing(_gzip.decompress(chunks)) as inflated, closing(meter.through(inflated)) as tar:
-        _extract.extract(tar, Path(folder), limits)
+    limits = extract.Limits(bytes=content.digest.size_bytes, entries=content.entries or 0)
+    with closing(gzip.decompress(chunks)) as inflated, closing(meter.through(inflated)) as tar:
+        extract.extract(tar, Path(folder), limits)
     for _ in chunks:  # to the end, where the digest is checked
         pass
     _expect(meter, content.digest, uri)
@@ -378,7 +379,7 @@ def read_state(store: Store, found: Commit | ForeignObject, stop: Stop, report: 
         raise UsageError(
             f"The checkpoint is no state, but of the kind {kind_of(found)!r}.", uri=store.uri, hint=f"Use {instead}."
         )
-    from taskckpt import _state
+    from taskckpt import _states
 
     where = store.uri if found.stored.key is None else f"{store.uri}/{found.stored.key}"
     with closing(stored_chunks(store, found, stop, report)) as chunks:
@@ -391,7 +392,7 @@ def read_state(store: Store, found: Commit | ForeignObject, stop: Stop, report: 
 
         stream = to_the_end()
         try:
-            return _state.decode(stream, where, size_bytes=found.stored.digest.size_bytes)
+            return _states.decode(stream, where, size_bytes=found.stored.digest.size_bytes)
         except CorruptCheckpointError as error:
             for _ in stream:  # where the digest is checked: what is damaged may be passed over, what is intact may not
                 pass

@@ -11,8 +11,8 @@ from typing import Any
 
 from taskckpt._chain import Loadable, Origin
 from taskckpt._foreign import ForeignObject
+from taskckpt._log.records import Commit
 from taskckpt._payload import kind_of
-from taskckpt._records import Commit
 
 logger = logging.getLogger("taskckpt")
 

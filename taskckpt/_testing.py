@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from taskckpt._store import Store
+    from taskckpt._stores import Store
 
 
 @dataclass

@@ -15,7 +15,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 
-from taskckpt._local import translating
+from taskckpt._stores.local import translating
 from taskckpt.errors import AlreadyExistsError, UsageError
 
 PREFIX = "taskckpt-"

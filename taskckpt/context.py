@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from taskckpt import engines
 from taskckpt._layout import LOCAL_RUN, keyed_prefix, task_prefix
-from taskckpt._log import new_nonce
-from taskckpt._store import Location, is_unset, parse
+from taskckpt._log.writer import new_nonce
+from taskckpt._stores import Location, is_unset, parse
 from taskckpt.errors import AmbiguousIdentityError, NoTaskContextError, UsageError
 
 if TYPE_CHECKING:

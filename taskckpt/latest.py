@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from taskckpt._local import translating
+from taskckpt._stores.local import translating
 from taskckpt.errors import NotFoundError, TaskckptWarning, UsageError, UsageTypeError
 
 NAMED_IN_WARNING = 5

@@ -16,8 +16,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from blake3 import blake3
 
-from taskckpt import Checkpoint, _chain, _gzip, _log, _records, _retention, _tar
+from taskckpt import Checkpoint, _chain
+from taskckpt._archive import gzip as _gzip
+from taskckpt._archive import tar as _tar
 from taskckpt._layout import keyed_prefix, task_prefix
+from taskckpt._log import records as _records
+from taskckpt._log import retention as _retention
+from taskckpt._log import writer as _log
 from taskckpt.errors import CorruptCheckpointError, UnsupportedFormatError
 from tests import format_reader
 from tests.format_reader import CorruptError, Found, UnsupportedError

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from taskckpt._layout import DATA, LOG, payload_key, slot_key
 from taskckpt._operation import Stop, Stopped
-from taskckpt._store import CHUNK_BYTES
+from taskckpt._stores import CHUNK_BYTES
 from taskckpt.errors import AlreadyExistsError, NotFoundError, TaskckptError
 
 if TYPE_CHECKING:
-    from taskckpt._store import Store
+    from taskckpt._stores import Store
 
 # Opens the store at a path below one empty root; "" is the root itself. Each call opens it anew.
 OpenAt: TypeAlias = "Callable[[str], Store]"

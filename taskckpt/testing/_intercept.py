@@ -10,7 +10,7 @@ from taskckpt._testing import switches
 
 if TYPE_CHECKING:
     from taskckpt._operation import Stop
-    from taskckpt._store import Listing, Store
+    from taskckpt._stores import Listing, Store
 
 T = TypeVar("T")
 

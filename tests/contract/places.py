@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taskckpt import Checkpoint
-from taskckpt._fsspec import FsspecStore
-from taskckpt._store import open_store, parse
+from taskckpt._stores import open_store, parse
+from taskckpt._stores.fsspec import FsspecStore
 
 if TYPE_CHECKING:
-    from taskckpt._store import Store
+    from taskckpt._stores import Store
     from taskckpt.testing.servers import AzureServer, GCSServer, S3Server
     from tests.google_xml import GoogleXml
 

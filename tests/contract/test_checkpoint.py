@@ -28,7 +28,7 @@ import pytest
 
 from taskckpt import Checkpoint
 from taskckpt._layout import slot_key
-from taskckpt._records import INLINE_LIMIT_BYTES
+from taskckpt._log.records import INLINE_LIMIT_BYTES
 from taskckpt._workspace import process_root
 from taskckpt.errors import (
     AlreadyExistsError,

@@ -6,8 +6,10 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from taskckpt import _azure, _gcs, _obstore
 from taskckpt._layout import payload_key
+from taskckpt._stores import azure as _azure
+from taskckpt._stores import gcs as _gcs
+from taskckpt._stores import obstore as _obstore
 from taskckpt.testing import StoreContract
 
 

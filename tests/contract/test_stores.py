@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from taskckpt import _obstore
-from taskckpt._fsspec import FsspecStore
-from taskckpt._local import PARTIAL
-from taskckpt._s3 import PART_BYTES
-from taskckpt._store import parse
+from taskckpt._stores import obstore as _obstore
+from taskckpt._stores import parse
+from taskckpt._stores.fsspec import FsspecStore
+from taskckpt._stores.local import PARTIAL
+from taskckpt._stores.s3 import PART_BYTES
 from taskckpt.testing import StoreContract
 
 

@@ -23,7 +23,7 @@ from tests.crash import contents, interruption
 from tests.crash.interruption import Interruption
 
 ROOT = Path(__file__).parent.parent.parent
-IMPORTS = ("tests.crash.forker", "taskckpt._bridge", "taskckpt._local", "taskckpt._checkpoint", "resource")
+IMPORTS = ("tests.crash.forker", "taskckpt._bridge", "taskckpt._stores.local", "taskckpt._checkpoint", "resource")
 
 
 @dataclass(frozen=True)

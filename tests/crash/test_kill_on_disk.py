@@ -45,7 +45,7 @@ def killed(*steps: str, at: int, when: str) -> tuple[Sequence[str], int, str]:
 
 
 KINDS = ("inline", "bytes", "file", "folder")
-SMALL_BATCHES = {"taskckpt._retention.GUARDED_SLOTS": 2, "taskckpt._log.RECORD_BATCH": 2}
+SMALL_BATCHES = {"taskckpt._log.retention.GUARDED_SLOTS": 2, "taskckpt._log.writer.RECORD_BATCH": 2}
 # Left behind by three killed attempts: half a payload, a whole payload, half a record.
 LITTER = (
     ended("save inline 1"),

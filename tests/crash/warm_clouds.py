@@ -8,5 +8,5 @@ import azure.storage.blob.aio  # noqa: F401
 import fsspec.asyn  # noqa: F401
 import gcsfs  # noqa: F401
 
-import taskckpt._azure
-import taskckpt._gcs  # noqa: F401
+import taskckpt._stores.azure
+import taskckpt._stores.gcs  # noqa: F401

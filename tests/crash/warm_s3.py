@@ -11,7 +11,7 @@ import aiobotocore.session
 import botocore.session
 import s3fs  # noqa: F401
 
-import taskckpt._s3  # noqa: F401
+import taskckpt._stores.s3  # noqa: F401
 
 
 def _share_models() -> None:

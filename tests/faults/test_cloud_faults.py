@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from taskckpt import Checkpoint, _gcs
+from taskckpt import Checkpoint
 from taskckpt._operation import Stop
-from taskckpt._store import open_store, parse
+from taskckpt._stores import gcs as _gcs
+from taskckpt._stores import open_store, parse
 from taskckpt.errors import (
     AlreadyExistsError,
     DeniedError,

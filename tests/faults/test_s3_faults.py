@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from taskckpt import Checkpoint
-from taskckpt._records import Commit
+from taskckpt._log.records import Commit
 from taskckpt.errors import (
     CommitUnknownError,
     CorruptCheckpointError,

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from taskckpt import _gzip
-from taskckpt._extract import Limits, extract
+from taskckpt._archive import gzip as _gzip
+from taskckpt._archive.extract import Limits, extract
 from taskckpt.errors import CorruptCheckpointError, TaskckptError, UnavailableError, UnsafeArchiveError
 
 MIB = 1 << 20

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taskckpt._state import METADATA_KEY, decode, encode
+from taskckpt._states import METADATA_KEY, decode, encode
 from taskckpt.errors import (
     CorruptCheckpointError,
     StorageFullError,

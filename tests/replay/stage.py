@@ -22,7 +22,7 @@ from taskckpt.testing import InterceptedStore
 
 if TYPE_CHECKING:
     from taskckpt._operation import Stop
-    from taskckpt._store import Store
+    from taskckpt._stores import Store
 
 PATIENCE_S = 10.0
 SIZE_BYTES = 200

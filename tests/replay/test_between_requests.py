@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from taskckpt import Checkpoint
-from taskckpt._local import LocalStore
 from taskckpt._operation import Stop
+from taskckpt._stores.local import LocalStore
 from taskckpt.errors import NotFoundError, StaleAttemptError
 
 LARGE = 100_000

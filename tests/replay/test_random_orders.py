@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from taskckpt import _log, _payload, _retention
+from taskckpt import _payload
+from taskckpt._log import retention as _retention
+from taskckpt._log import writer as _log
 from tests.replay.judge import violations
 from tests.replay.stage import Stage, Verdict
 

@@ -15,14 +15,16 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from taskckpt import Checkpoint, _log, _payload, _retention
+from taskckpt import Checkpoint, _payload
 from taskckpt._attempt import Attempt
-from taskckpt._history import LogMoved, LogReader, View
 from taskckpt._layout import SlotName, payload_key
-from taskckpt._local import LocalStore
-from taskckpt._log import TaskLog
-from taskckpt._records import Commit
-from taskckpt._store import Listing
+from taskckpt._log import retention as _retention
+from taskckpt._log import writer as _log
+from taskckpt._log.history import LogMoved, LogReader, View
+from taskckpt._log.records import Commit
+from taskckpt._log.writer import TaskLog
+from taskckpt._stores import Listing
+from taskckpt._stores.local import LocalStore
 from taskckpt.errors import CommitUnknownError
 from taskckpt.testing import intercepted
 from tests.model.schedules import SCHEDULES
@@ -435,14 +437,14 @@ def test_a_scan_that_misses_the_newest_record(tmp_path: Path, monkeypatch: pytes
     writer.save_sync(b"A1")
     scan, saved = LocalStore._walk, list[bool]()
 
-    def torn(self: LocalStore, folder: str) -> dict[str, int]:
+    def torn(self: LocalStore, folder: str) -> set[str]:
         if folder != "log" or saved:
             return scan(self, folder)
         saved.append(True)
         before = scan(self, folder)
         writer.save_sync(b"A2")
         after = scan(self, folder)
-        return {name: size for name, size in before.items() if name in after}
+        return before & after
 
     reader = Checkpoint(dest, read_only=True)
     monkeypatch.setattr(LocalStore, "_walk", torn)

@@ -17,7 +17,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from taskckpt import Checkpoint, _gzip
+from taskckpt import Checkpoint
+from taskckpt._archive import gzip as _gzip
 from taskckpt.errors import CorruptCheckpointError, UnavailableError
 from taskckpt.testing import intercepted
 
@@ -95,7 +96,7 @@ def test_a_save_that_fails_in_the_middle(tmp_path: Path, folder: Path, monkeypat
         next(chunks)
         raise UnavailableError("The disk failed.", uri=path)
 
-    monkeypatch.setattr("taskckpt._local._fill", lambda descriptor, chunks: failing("", iter(chunks)))
+    monkeypatch.setattr("taskckpt._stores.local._fill", lambda descriptor, chunks: failing("", iter(chunks)))
     with pytest.raises(UnavailableError) as caught:
         checkpoint.save_sync(folder)
     assert not threads(), caught  # which holds the error, and the error the frames

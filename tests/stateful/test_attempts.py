@@ -12,7 +12,9 @@ import hypothesis
 import pytest
 from hypothesis.stateful import run_state_machine_as_test
 
-from taskckpt import _log, _payload, _retention
+from taskckpt import _payload
+from taskckpt._log import retention as _retention
+from taskckpt._log import writer as _log
 from tests.stateful import machine
 
 WALKS = os.environ.get("TASKCKPT_STATEFUL")

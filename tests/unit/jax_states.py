@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from taskckpt._state import decode, encode
+from taskckpt._states import decode, encode
 from taskckpt.errors import CorruptCheckpointError, UsageTypeError
 from tests.hostile.test_hostile_states import assert_refused, file_of, text_of
 from tests.unit.test_state import GOLDEN, stored, there_and_back

@@ -13,8 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from taskckpt import _archive, _extract, _gzip, _tar
-from taskckpt._extract import Limits, extract
+from taskckpt._archive import extract as _extract
+from taskckpt._archive import gzip as _gzip
+from taskckpt._archive import pack as _archive
+from taskckpt._archive import tar as _tar
+from taskckpt._archive.extract import Limits, extract
 from taskckpt.errors import (
     DeniedError,
     NotFoundError,

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 import taskckpt
-from taskckpt import Checkpoint, TaskContext, _records, checkpoint, context, ctx, engines, task
+from taskckpt import Checkpoint, TaskContext, checkpoint, context, ctx, engines, task
+from taskckpt._log import records as _records
 from taskckpt.engines import EngineTask
 from taskckpt.errors import (
     AmbiguousIdentityError,

@@ -13,8 +13,8 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from taskckpt import Checkpoint, TaskckptWarning
-from taskckpt._local import LocalStore
-from taskckpt._store import Listing
+from taskckpt._stores import Listing
+from taskckpt._stores.local import LocalStore
 from taskckpt._testing import switches
 from taskckpt.errors import (
     DeniedError,

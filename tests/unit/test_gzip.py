@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taskckpt import _gzip
+from taskckpt._archive import gzip as _gzip
 from taskckpt.errors import CorruptCheckpointError
 
 MIB = 1 << 20

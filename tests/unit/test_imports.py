@@ -21,32 +21,33 @@ LAYERS = [
     *("testing._process", "testing._guard"),
     "__init__",
     *("_task", "latest", "context", "_checkpoint", "_later", "_pending", "_aside", "_attempt", "_telling"),
-    *("_bridge", "_workspace", "_chain", "_payload", "_log"),
-    *("_foreign", "_extract", "_archive", "_gzip", "_tar"),
-    *("_retention", "_history", "_identity", "engines", "_records", "_arguments", "_progress"),
-    *("_obstore", "_obstore_clouds", "_obstore_options", "_azure", "_gcs", "_s3", "_fsspec", "_local"),
-    *("_layout", "_store"),
-    *("_state", "_state_reader", "_state_writer", "_snapshot", "_arrays", "_dtypes", "_safetensors"),
+    *("_bridge", "_workspace", "_chain", "_payload"),
+    *("_log.writer", "_foreign", "_archive.extract", "_archive.pack", "_archive.gzip", "_archive.tar", "_archive"),
+    *("_log.retention", "_log.history", "_identity", "engines", "_log.records", "_log", "_arguments", "_progress"),
+    *("_stores.obstore", "_stores.obstore_clouds", "_stores.obstore_options"),
+    *("_stores.azure", "_stores.gcs", "_stores.s3", "_stores.fsspec", "_stores.local", "_layout", "_stores"),
+    *("_states", "_states.reader", "_states.writer"),
+    *("_states.snapshot", "_states.arrays", "_states.dtypes", "_states.safetensors"),
     *("_operation", "_testing", "errors"),
 ]
 
 # Doors that open upwards, inside of functions only: factories, and two rooms that share one door.
-UPWARDS = {("_checkpoint", "context"), ("_store", "_fsspec"), ("_store", "_local"), ("_fsspec", "_s3")}
-UPWARDS |= {("_fsspec", "_azure"), ("_fsspec", "_gcs"), ("_fsspec", "_obstore")}
+UPWARDS = {("_checkpoint", "context"), ("_stores", "_stores.fsspec"), ("_stores", "_stores.local")}
+UPWARDS |= {("_stores.fsspec", f"_stores.{name}") for name in ("s3", "gcs", "azure", "obstore")}
 
 # What comes from elsewhere, and who may ask for it. "lazily" is: inside of functions.
 OUTSIDE = {
-    "aiobotocore": {"_s3": "lazily", "_fsspec": "lazily"},
-    "aiohttp": {"_gcs": "lazily"},
-    "azure": {"_azure": "lazily", "_obstore_clouds": "lazily"},
+    "aiobotocore": {"_stores.s3": "lazily", "_stores.fsspec": "lazily"},
+    "aiohttp": {"_stores.gcs": "lazily"},
+    "azure": {"_stores.azure": "lazily", "_stores.obstore_clouds": "lazily"},
     "asyncio": {"_bridge": "at once"},
-    "blake3": {"_records": "at once", "_payload": "at once"},
-    "botocore": {"_s3": "lazily", "_fsspec": "lazily", "_obstore_options": "lazily"},
-    "fsspec": {"_fsspec": "lazily"},
-    "obstore": {"_obstore": "lazily"},
-    "google": {"_obstore_clouds": "lazily"},
-    "isal": {"_gzip": "at once", "_foreign": "at once"},
-    "s3fs": {"_s3": "lazily", "_fsspec": "lazily"},
+    "blake3": {"_log.records": "at once", "_payload": "at once"},
+    "botocore": {"_stores.s3": "lazily", "_stores.fsspec": "lazily", "_stores.obstore_options": "lazily"},
+    "fsspec": {"_stores.fsspec": "lazily"},
+    "obstore": {"_stores.obstore": "lazily"},
+    "google": {"_stores.obstore_clouds": "lazily"},
+    "isal": {"_archive.gzip": "at once", "_foreign": "at once"},
+    "s3fs": {"_stores.s3": "lazily", "_stores.fsspec": "lazily"},
     "tqdm": {"_progress": "lazily"},
     "tenacity": {"_operation": "lazily", "_task": "lazily"},
     "zstandard": {"_foreign": "lazily"},
@@ -90,10 +91,10 @@ def imports_of(module: str) -> list[Import]:
             elif isinstance(child, ast.ImportFrom):
                 assert child.level == 0, f"{module}:{child.lineno}: imports are absolute"
                 assert child.module
-                names = [child.module]
-                if child.module in ("taskckpt", "taskckpt.testing"):
-                    names = [f"{child.module}.{alias.name}" for alias in child.names]
-                found.extend(Import(module, name, how, child.lineno) for name in names)
+                for alias in child.names:
+                    name = f"{child.module}.{alias.name}"
+                    is_module = child.module == "taskckpt" or name.removeprefix("taskckpt.") in TREES
+                    found.append(Import(module, name if is_module else child.module, how, child.lineno))
             visit(child, within)
 
     visit(TREES[module], "at once")
@@ -142,7 +143,7 @@ def test_who_may_ask_for_what_comes_from_elsewhere():
 
 def test_only_one_module_imports_fsspec_one_obstore_and_one_asyncio():
     """The rules that matter most, once more and without exceptions."""
-    for name, where in (("fsspec", {"_fsspec"}), ("obstore", {"_obstore"}), ("asyncio", {"_bridge"})):
+    for name, where in (("fsspec", {"_stores.fsspec"}), ("obstore", {"_stores.obstore"}), ("asyncio", {"_bridge"})):
         found = {one.importer for one in ALL if one.name.partition(".")[0] == name and one.importer[:7] != "testing"}
         assert found <= where
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from taskckpt import _obstore_clouds
-from taskckpt._store import parse
+from taskckpt._stores import obstore_clouds as _obstore_clouds
+from taskckpt._stores import parse
 from taskckpt.errors import DeniedError, UsageError
 
 gcs_settings: Any = _obstore_clouds.gcs_settings

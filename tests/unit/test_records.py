@@ -10,7 +10,7 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taskckpt._records import (
+from taskckpt._log.records import (
     Claim,
     ClaimId,
     Clear,

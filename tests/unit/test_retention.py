@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskckpt._layout import payload_key
-from taskckpt._records import ClaimId, Commit, Content, Digest, Stamp, Stored
-from taskckpt._retention import (
+from taskckpt._log.records import ClaimId, Commit, Content, Digest, Stamp, Stored
+from taskckpt._log.retention import (
     GUARDED_SLOTS,
     Kept,
     Plan,

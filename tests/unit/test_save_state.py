@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from taskckpt import Checkpoint, PendingSave
+from taskckpt._log.records import INLINE_LIMIT_BYTES
 from taskckpt._operation import Stop
 from taskckpt._payload import Source
-from taskckpt._records import INLINE_LIMIT_BYTES
 from taskckpt.errors import CorruptCheckpointError, UnsupportedFormatError, UsageError, UsageTypeError
 from taskckpt.testing import intercepted
 
@@ -254,7 +254,7 @@ def test_when_there_is_no_memory_for_it_the_waiting_one_has_given_way(place, hel
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr("taskckpt._snapshot.EncodedState.snapshot", no_memory)
+        patched.setattr("taskckpt._states.snapshot.EncodedState.snapshot", no_memory)
         with pytest.raises(MemoryError):
             cp.save_later(large(3.0))
     assert second.result() is False

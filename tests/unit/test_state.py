@@ -32,7 +32,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from taskckpt._state import METADATA_KEY, HostBuffers, decode, encode
+from taskckpt._states import METADATA_KEY, HostBuffers, decode, encode
 from taskckpt.errors import UsageError, UsageTypeError
 
 
@@ -209,7 +209,7 @@ def test_an_ordered_dict_is_one_again():
 
 def test_equal_states_give_equal_bytes():
     """Also in another process, where sets have another order."""
-    code = "from taskckpt._state import encode; import sys; state = {'s': {'one', 'two', 'three'},"
+    code = "from taskckpt._states import encode; import sys; state = {'s': {'one', 'two', 'three'},"
     code += " 'f': frozenset((('x', 1), ('y', 2)))};"
     code += "sys.stdout.buffer.write(b''.join(map(bytes, encode(state).chunks())))"
     outputs = {
@@ -796,7 +796,7 @@ BLOCKED = """
 import sys
 sys.modules.update(dict.fromkeys({blocked!r}))
 from pathlib import Path
-from taskckpt._state import decode, encode
+from taskckpt._states import decode, encode
 from taskckpt.errors import MissingDependencyError
 data = Path({path!r}).read_bytes()
 try:
@@ -841,7 +841,7 @@ import sys, warnings
 sys.modules["numpy"] = None
 warnings.simplefilter("ignore")
 import torch
-from taskckpt._state import HostBuffers, decode, encode
+from taskckpt._states import HostBuffers, decode, encode
 tensor = torch.arange(1 << 20)
 snapshot = encode({"a": tensor, "b": tensor.reshape(1024, 1024).T}).snapshot(HostBuffers())
 found = decode(snapshot.chunks(), "u")

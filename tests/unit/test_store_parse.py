@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from taskckpt import Checkpoint
-from taskckpt._store import Location, is_unset, open_store, parse
+from taskckpt._stores import Location, is_unset, open_store, parse
 from taskckpt.errors import MissingDependencyError, TaskckptWarning, UsageError, UsageTypeError
 
 

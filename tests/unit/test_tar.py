@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from taskckpt import _tar
-from taskckpt._tar import FILE, FOLDER, LINK, SYMLINK, Member, Reader
+from taskckpt._archive import tar as _tar
+from taskckpt._archive.tar import FILE, FOLDER, LINK, SYMLINK, Member, Reader
 from taskckpt.errors import CorruptCheckpointError, UnsafeArchiveError
 
 NS = 10**9

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from taskckpt import Checkpoint, _obstore
-from taskckpt._obstore import ObstoreStore
-from taskckpt._obstore_options import s3_settings
+from taskckpt import Checkpoint
 from taskckpt._operation import Stop
-from taskckpt._s3 import S3Store
-from taskckpt._store import open_store, parse
+from taskckpt._stores import obstore as _obstore
+from taskckpt._stores import open_store, parse
+from taskckpt._stores.obstore import ObstoreStore
+from taskckpt._stores.obstore_options import s3_settings
+from taskckpt._stores.s3 import S3Store
 from taskckpt.errors import DeniedError, MissingDependencyError, NotFoundError, UnavailableError, UsageError
 from taskckpt.testing import instant_retries
 from tests.faults.proxy import Reply, proxy_of
@@ -413,7 +414,7 @@ def test_who_sweeps_without_s3fs_is_said_once(moto, bucket, monkeypatch, caplog)
 FORKS = """
 import multiprocessing, os, signal, sys, threading
 import taskckpt
-from taskckpt._obstore import ObstoreStore
+from taskckpt._stores.obstore import ObstoreStore
 signal.alarm(15)  # a child that hangs is killed, and its parent too
 os.register_at_fork(after_in_child=lambda: signal.alarm(10))
 options, bucket, how = {options!r}, {bucket!r}, sys.argv[1]

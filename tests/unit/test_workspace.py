@@ -122,7 +122,7 @@ def test_it_is_removed_at_the_end_although_parts_are_read_only(tmp_path, saved):
             os.chmod(parent, 0o755)  # pytest's own folders, which nobody else may enter
         subprocess.run(["chown", "-R", "65534:65534", saved], check=True)
     out = run(tmp_path, f"""
-        import blake3, isal.igzip_threaded, taskckpt._extract, encodings.idna
+        import blake3, isal.igzip_threaded, taskckpt._archive.extract, encodings.idna
         {user}
         path = Checkpoint(sys.argv[1]).load_sync()
         assert not os.access(path / "locked", os.W_OK)

@@ -11,10 +11,10 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from taskckpt._fsspec import FileSystem, FsspecStore, new_filesystem
 from taskckpt._layout import DATA
 from taskckpt._operation import Stop, ordered_map
-from taskckpt._store import FIRST_PAGE, Listing
+from taskckpt._stores import FIRST_PAGE, Listing
+from taskckpt._stores.fsspec import FileSystem, FsspecStore, new_filesystem
 from taskckpt.errors import NotFoundError, TaskckptError, UnavailableError, UsageError
 
 logger = logging.getLogger("taskckpt")
@@ -32,7 +32,7 @@ READ_TIMEOUT_S = 60
 
 
 class S3Store(FsspecStore):
-    """See ``_store.Store``."""
+    """See ``_stores.Store``."""
 
     def _connect(self) -> FileSystem:
         options = dict(self._options)

@@ -19,9 +19,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
-from taskckpt import _arrays, _dtypes
-from taskckpt._arrays import Stored
-from taskckpt._dtypes import Refused
+from taskckpt._states import arrays as _arrays
+from taskckpt._states import dtypes
+from taskckpt._states.arrays import Stored
+from taskckpt._states.dtypes import Refused
 from taskckpt.errors import UsageError, UsageTypeError
 
 # Deeper ones would need more of the interpreter's stack than a caller may have left.
@@ -216,7 +217,7 @@ class StateWriter:
 
     def _described(self, dtype: Any, path: _Path) -> object:
         try:
-            return _dtypes.describe(dtype)
+            return dtypes.describe(dtype)
         except Refused as refused:
             raise _refusal(path, refused.why, refused.hint) from None
 

@@ -10,9 +10,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from taskckpt import _dtypes
-from taskckpt._safetensors import Malformed
-from taskckpt._state_writer import BY_TEXT
+from taskckpt._states import dtypes
+from taskckpt._states.safetensors import Malformed
+from taskckpt._states.writer import BY_TEXT
 
 _HEX = re.compile("-?0x[0-9a-f]+")
 
@@ -41,13 +41,13 @@ class StateReader:
             "array": lambda body: self._arrays[body],
             "torch.Parameter": self._parameter,
             "torch.requires_grad": lambda body: self._tensor(body).detach().requires_grad_(),
-            "torch.Size": lambda body: _dtypes.library("torch").Size(body),
-            "torch.dtype": _dtypes.torch_dtype,
-            "torch.device": lambda body: _dtypes.library("torch").device(body),
+            "torch.Size": lambda body: dtypes.library("torch").Size(body),
+            "torch.dtype": dtypes.torch_dtype,
+            "torch.device": lambda body: dtypes.library("torch").device(body),
             "numpy.scalar": _scalar,
-            "numpy.str_": lambda body: _dtypes.library("numpy").str_(self._of(str, body)),
-            "numpy.bytes_": lambda body: _dtypes.library("numpy").bytes_(self._of(bytes, body)),
-            "numpy.dtype": _dtypes.dtype_from,
+            "numpy.str_": lambda body: dtypes.library("numpy").str_(self._of(str, body)),
+            "numpy.bytes_": lambda body: dtypes.library("numpy").bytes_(self._of(bytes, body)),
+            "numpy.dtype": dtypes.dtype_from,
         }
 
     def value(self, node: Any) -> Any:
@@ -96,13 +96,13 @@ class StateReader:
 
     def _tensor(self, node: Any) -> Any:
         value = self.value(node)
-        if not isinstance(value, _dtypes.library("torch").Tensor):
+        if not isinstance(value, dtypes.library("torch").Tensor):
             raise Malformed("no tensor")
         return value
 
     def _parameter(self, body: Any) -> Any:
         node, requires_grad = body
-        return _dtypes.library("torch").nn.Parameter(self._tensor(node), requires_grad=requires_grad is True)
+        return dtypes.library("torch").nn.Parameter(self._tensor(node), requires_grad=requires_grad is True)
 
 
 def _distinct(kind: type, values: list[Any]) -> Any:
@@ -124,9 +124,9 @@ def _from_base64(body: Any) -> bytes:
 
 def _scalar(body: Any) -> Any:
     described, text = body
-    dtype = _dtypes.dtype_from(described)
+    dtype = dtypes.dtype_from(described)
     data = _from_base64(text)
     if len(data) != dtype.itemsize:
         raise Malformed("a scalar of another size than its dtype")
-    array = _dtypes.library("numpy").ndarray((), dtype, bytearray(data))
+    array = dtypes.library("numpy").ndarray((), dtype, bytearray(data))
     return array[()]

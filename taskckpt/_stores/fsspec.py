@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, 
 from typing import Any, TypeAlias, TypeVar
 
 from taskckpt._operation import Stop, ordered_map, with_retries
-from taskckpt._store import (
+from taskckpt._stores import (
     AZURE_PROTOCOLS,
     CHUNK_BYTES,
     GCS_PROTOCOLS,
@@ -70,7 +70,7 @@ def open_remote(location: Location, storage_options: dict[str, Any], timeout_s: 
         )
     forced = _forced_transfer()
     if forced != "fsspec" and location.protocol in NATIVE_CREATE:
-        from taskckpt._obstore import open_obstore
+        from taskckpt._stores.obstore import open_obstore
 
         found = open_obstore(
             location,
@@ -97,15 +97,15 @@ def _forced_transfer() -> str | None:
 
 def _open_fsspec(location: Location, storage_options: dict[str, Any], timeout_s: float) -> Store:
     if location.protocol in S3_PROTOCOLS:
-        from taskckpt._s3 import S3Store
+        from taskckpt._stores.s3 import S3Store
 
         return S3Store(location, storage_options, timeout_s)
     if location.protocol in GCS_PROTOCOLS:
-        from taskckpt._gcs import GCSStore
+        from taskckpt._stores.gcs import GCSStore
 
         return GCSStore(location, storage_options, timeout_s)
     if location.protocol in AZURE_PROTOCOLS:
-        from taskckpt._azure import AzureStore
+        from taskckpt._stores.azure import AzureStore
 
         return AzureStore(location, storage_options, timeout_s)
     if location.protocol == "memory":
@@ -174,7 +174,7 @@ def in_loop_of(fs: FileSystem, function: Callable[..., Coroutine[Any, Any, T]], 
 
 
 class FsspecStore:
-    """See ``_store.Store``. Works on any fsspec file system through its synchronous verbs."""
+    """See ``_stores.Store``. Works on any fsspec file system through its synchronous verbs."""
 
     exclusive: bool | None = False
 

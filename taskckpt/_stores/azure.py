@@ -14,11 +14,11 @@ import logging
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from taskckpt._fsspec import FileSystem, FsspecStore, in_loop_of, new_filesystem
 from taskckpt._layout import DATA
 from taskckpt._operation import Stop, ordered_map
-from taskckpt._s3 import CONNECT_TIMEOUT_S, MIB, READ_TIMEOUT_S, regrouped
-from taskckpt._store import FIRST_PAGE, Listing
+from taskckpt._stores import FIRST_PAGE, Listing
+from taskckpt._stores.fsspec import FileSystem, FsspecStore, in_loop_of, new_filesystem
+from taskckpt._stores.s3 import CONNECT_TIMEOUT_S, MIB, READ_TIMEOUT_S, regrouped
 from taskckpt.errors import NotFoundError, TaskckptError
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ DELETE_THREADS = 8
 
 
 class AzureStore(FsspecStore):
-    """See ``_store.Store``."""
+    """See ``_stores.Store``."""
 
     def _connect(self) -> FileSystem:
         # az://container@account.blob.core.windows.net/path names the account as well.

@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from taskckpt import _tar
-from taskckpt._archive import OpenFolders
-from taskckpt._store import NO_ROOM
-from taskckpt._tar import FILE, FOLDER, LINK, Member, Reader, show
+from taskckpt._archive import tar
+from taskckpt._archive.pack import OpenFolders
+from taskckpt._archive.tar import FILE, FOLDER, LINK, Member, Reader, show
+from taskckpt._stores import NO_ROOM
 from taskckpt.errors import DeniedError, StorageFullError, TaskckptError, UnavailableError, UnsafeArchiveError
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -36,13 +36,13 @@ class Limits:
 
     bytes: int
     entries: int
-    path_bytes: int = _tar.MAX_PATH_BYTES
-    depth: int = _tar.MAX_DEPTH
+    path_bytes: int = tar.MAX_PATH_BYTES
+    depth: int = tar.MAX_DEPTH
 
 
 def looks_like_tar(first_block: bytes) -> bool:
     """Whether a file that begins with these 512 bytes is a tar: ustar or GNU magic, right checksum. Zeros are not."""
-    return _tar.is_header(first_block[: _tar.BLOCK])
+    return tar.is_header(first_block[: tar.BLOCK])
 
 
 def extract(chunks: Iterable[bytes | memoryview], target: Path, limits: Limits, *, foreign: bool = False) -> None:
@@ -117,7 +117,7 @@ class _Extraction:
         self._bytes_left = limits.bytes
         self._entries_left = limits.entries
         # No name up to this length can exceed a limit, and nearly all are shorter.
-        self._surely_short = min(_tar.MAX_NAME_BYTES, limits.path_bytes, limits.depth)
+        self._surely_short = min(tar.MAX_NAME_BYTES, limits.path_bytes, limits.depth)
         self._files: set[bytes] = set()
         # Names of folders in the order they were made, parents first, with mode and time (None: leave it).
         self._folders: dict[bytes, tuple[int, int | None]] = {}
@@ -137,7 +137,7 @@ class _Extraction:
         elif member.kind == LINK:
             self._link(parent, base, name, member.target)
         else:
-            if not _tar.link_stays_inside(member.target, name.count(b"/")):
+            if not tar.link_stays_inside(member.target, name.count(b"/")):
                 raise _refused(member.name, f"is a symlink to {show(member.target)}, which may leave the target")
             self._symlinks[name] = (member.target, member.mtime_ns)
 
@@ -225,8 +225,8 @@ class _Extraction:
             raise _refused(name, f"is a path of more than {self._limits.path_bytes} bytes")
         if name.count(b"/") > self._limits.depth:
             raise _refused(name, f"lies more than {self._limits.depth} folders deep")
-        if any(len(part) > _tar.MAX_NAME_BYTES for part in name.split(b"/")):
-            raise _refused(name, f"has a component of more than {_tar.MAX_NAME_BYTES} bytes")
+        if any(len(part) > tar.MAX_NAME_BYTES for part in name.split(b"/")):
+            raise _refused(name, f"has a component of more than {tar.MAX_NAME_BYTES} bytes")
 
     def _need_folder(self, parent: bytes, name: bytes) -> None:
         """See to it that all folders above an entry are ones this archive made; a foreign one may leave them out."""

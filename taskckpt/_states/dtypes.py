@@ -7,7 +7,7 @@ import re
 import sys
 from typing import Any
 
-from taskckpt._safetensors import Malformed, dimensions_from
+from taskckpt._states.safetensors import Malformed, dimensions_from
 from taskckpt.errors import MissingDependencyError, UnsupportedFormatError
 
 NUMPY = {

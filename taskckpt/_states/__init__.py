@@ -13,11 +13,12 @@ from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
-from taskckpt import _arrays, _safetensors
-from taskckpt._safetensors import Malformed, StreamReader, Tensor
-from taskckpt._snapshot import EncodedState, HostBuffers
-from taskckpt._state_reader import StateReader
-from taskckpt._state_writer import StateWriter
+from taskckpt._states import arrays as _arrays
+from taskckpt._states import safetensors
+from taskckpt._states.reader import StateReader
+from taskckpt._states.safetensors import Malformed, StreamReader, Tensor
+from taskckpt._states.snapshot import EncodedState, HostBuffers
+from taskckpt._states.writer import StateWriter
 from taskckpt.errors import (
     CorruptCheckpointError,
     MissingDependencyError,
@@ -53,7 +54,7 @@ def encode(state: Mapping[str, object]) -> EncodedState:
         # Large items first, so that each array is aligned without gaps, which the format does not allow.
         stored = sorted(writer.stored.items(), key=lambda item: -(item[1].item_bytes & -item[1].item_bytes))
         tensors = [Tensor(name, one.dtype, one.shape, one.size_bytes) for name, one in stored]
-        header = _safetensors.header_of(tensors, {METADATA_KEY: text})
+        header = safetensors.header_of(tensors, {METADATA_KEY: text})
     except RecursionError as error:
         raise UsageError("The state is nested too deeply for the stack that is left.") from error
     except UnicodeEncodeError as error:
@@ -91,7 +92,7 @@ def decode(chunks: Iterable[bytes | memoryview], uri: str, *, size_bytes: int | 
 
 
 def _state_from(reader: StreamReader, size_bytes: int | None) -> dict[str, object]:
-    metadata, tensors = _safetensors.read_header(reader, size_bytes)
+    metadata, tensors = safetensors.read_header(reader, size_bytes)
     makings, tree = _parsed(metadata)
     if makings.keys() != {tensor.name for tensor in tensors}:
         raise Malformed("its arrays are not those of the file")
@@ -119,7 +120,7 @@ def _parsed(metadata: dict[str, Any]) -> tuple[dict[str, object], object]:
     text = metadata.get(METADATA_KEY)
     if not isinstance(text, str):
         raise Malformed("a safetensors file without a state")
-    match _safetensors.parse_json(text):
+    match safetensors.parse_json(text):
         case {"version": int(version)} if version > VERSION:
             raise UnsupportedFormatError(
                 f"The state has format version {version}; this taskckpt reads version {VERSION}.",

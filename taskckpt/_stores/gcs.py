@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from taskckpt._fsspec import FileSystem, FsspecStore, new_filesystem, no_such_bucket
 from taskckpt._layout import DATA
 from taskckpt._operation import Stop, ordered_map
-from taskckpt._s3 import CONNECT_TIMEOUT_S, MIB, READ_TIMEOUT_S, regrouped
-from taskckpt._store import FIRST_PAGE, Listing
+from taskckpt._stores import FIRST_PAGE, Listing
+from taskckpt._stores.fsspec import FileSystem, FsspecStore, new_filesystem, no_such_bucket
+from taskckpt._stores.s3 import CONNECT_TIMEOUT_S, MIB, READ_TIMEOUT_S, regrouped
 from taskckpt.errors import NotFoundError, TaskckptError, UnavailableError
 
 # Parts of a resumable upload go one after the other, each a multiple of 256 KiB; Google advises 8 MiB or more. While
@@ -33,7 +33,7 @@ PAGE = 1000
 
 
 class GCSStore(FsspecStore):
-    """See ``_store.Store``."""
+    """See ``_stores.Store``."""
 
     def _connect(self) -> FileSystem:
         import aiohttp

@@ -1,6 +1,6 @@
 """S3 through obstore: a fraction of the processor time of s3fs, and 4 ms to import instead of 700.
 
-The one module that knows obstore. Its requests, errors, time-outs and retries are those of ``_s3``; where obstore
+The one module that knows obstore. Its requests, errors, time-outs and retries are those of ``s3.py``; where obstore
 cannot go (a forked child, an option that it does not know), the same place is reached through fsspec.
 """
 
@@ -23,12 +23,9 @@ from datetime import timedelta
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
-from taskckpt._fsspec import RANGE_NOT_SATISFIABLE, translated
 from taskckpt._layout import LOG
-from taskckpt._obstore_clouds import azure_settings, gcs_settings
-from taskckpt._obstore_options import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Settings, s3_settings
 from taskckpt._operation import FIRST_WAIT_S, LONGEST_WAIT_S, TRIES, Stop, ordered_map, with_retries
-from taskckpt._store import (
+from taskckpt._stores import (
     AZURE_PROTOCOLS,
     CHUNK_BYTES,
     GCS_PROTOCOLS,
@@ -37,6 +34,9 @@ from taskckpt._store import (
     Location,
     Store,
 )
+from taskckpt._stores.fsspec import RANGE_NOT_SATISFIABLE, translated
+from taskckpt._stores.obstore_clouds import azure_settings, gcs_settings
+from taskckpt._stores.obstore_options import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Settings, s3_settings
 from taskckpt._testing import switches
 from taskckpt.errors import MissingDependencyError, NotFoundError, TaskckptError, UnavailableError, UsageError
 
@@ -138,7 +138,7 @@ def _unless_elsewhere(
 
 
 class ObstoreStore:
-    """See ``_store.Store``."""
+    """See ``_stores.Store``."""
 
     exclusive: bool | None = None
 
@@ -290,7 +290,7 @@ class ObstoreStore:
 
     @_unless_elsewhere
     def list_below(self, folder: str, *, first_page: bool = False) -> Listing:
-        """See ``_store.Store``."""
+        """See ``_stores.Store``."""
         import obstore
 
         prefix = self._key(folder)
@@ -342,14 +342,14 @@ class ObstoreStore:
 
     @_unless_elsewhere
     def read(self, key: str) -> bytes:
-        """See ``_store.Store``."""
+        """See ``_stores.Store``."""
         import obstore
 
         return self._call(key, lambda: obstore.get(self._client(), self._key(key)).bytes().to_bytes())
 
     @_unless_elsewhere
     def size(self, key: str) -> int | None:
-        """See ``_store.Store``."""
+        """See ``_stores.Store``."""
         import obstore
 
         try:
@@ -366,7 +366,7 @@ class ObstoreStore:
 
     @_unless_elsewhere
     def stream(self, key: str, size_bytes: int, stop: Stop) -> Iterator[memoryview]:
-        """See ``_store.Store``."""
+        """See ``_stores.Store``."""
         ranges = ((start, min(start + CHUNK_BYTES, size_bytes)) for start in range(0, size_bytes, CHUNK_BYTES))
         return ordered_map(lambda span: self._read_range(key, *span, stop), ranges, threads=READ_THREADS)
 
@@ -387,7 +387,7 @@ class ObstoreStore:
 
     @_unless_elsewhere
     def create(self, key: str, data: bytes, stop: Stop) -> None:
-        """See ``_store.Store``."""
+        """See ``_stores.Store``."""
         self._put(key, data, stop, mode="create")
 
     def _put(self, key: str, data: bytes | bytearray, stop: Stop, *, mode: Literal["create", "overwrite"]) -> None:
@@ -397,7 +397,7 @@ class ObstoreStore:
 
     @_unless_elsewhere
     def write(self, key: str, chunks: Iterable[bytes | memoryview], size_hint: int, stop: Stop) -> None:
-        """See ``_store.Store``."""
+        """See ``_stores.Store``."""
         chunks = iter(chunks)
         first = bytearray()
         for chunk in chunks:
@@ -472,7 +472,7 @@ class ObstoreStore:
 
     @_unless_elsewhere
     def delete(self, keys: Sequence[str]) -> None:
-        """See ``_store.Store``."""
+        """See ``_stores.Store``."""
         if not keys:
             return
         try:
@@ -493,7 +493,7 @@ class ObstoreStore:
 
     @_unless_elsewhere
     def sweep(self, is_dead: Callable[[str], bool]) -> None:
-        """See ``_store.Store``. obstore has no word for unfinished uploads: fsspec's package sees to them."""
+        """See ``_stores.Store``. obstore has no word for unfinished uploads: fsspec's package sees to them."""
         if importlib.util.find_spec(self._cloud.package) is not None:
             self._through_fsspec().sweep(is_dead)
         else:

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, cast
 
-from taskckpt._dtypes import (
+from taskckpt._states.dtypes import (
     FROM_ML_DTYPES,
     FROM_NUMPY,
     FROM_TORCH,
@@ -31,7 +31,7 @@ from taskckpt._dtypes import (
     library,
     torch_dtype,
 )
-from taskckpt._safetensors import ITEM_BYTES, Malformed, Tensor, dimensions_from
+from taskckpt._states.safetensors import ITEM_BYTES, Malformed, Tensor, dimensions_from
 from taskckpt.errors import StorageFullError
 
 Making: TypeAlias = dict[str, Any]

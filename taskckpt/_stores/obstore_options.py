@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
-from taskckpt._store import Location
+from taskckpt._stores import Location
 from taskckpt.errors import DeniedError, UsageError
 
 # How long credentials that expire are kept here. botocore renews them 10 minutes before their end.

@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
 
-from taskckpt._obstore_options import Settings
-from taskckpt._store import Location
+from taskckpt._stores import Location
+from taskckpt._stores.obstore_options import Settings
 from taskckpt.errors import DeniedError, UsageError
 
 # Without a meaning here: they are about fsspec's own files, caches and threads.

@@ -3,7 +3,7 @@
 ``scan`` looks at all names, types, sizes and times; ``pack`` reads the files and, before it gives the end marks of the
 archive, looks at all of it a second time. So a stream that was given to its end is the folder as it was at one
 moment: every file was read between two looks that found the same size, times and inode.
-What could not be restored is refused in ``scan``: the limits are those of ``_tar``, which the reader shares.
+What could not be restored is refused in ``scan``: the limits are those of ``tar.py``, which the reader shares.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, NoReturn, Self
 
-from taskckpt import _tar
-from taskckpt._tar import FILE, FOLDER, LINK, SYMLINK, show
+from taskckpt._archive import tar
+from taskckpt._archive.tar import FILE, FOLDER, LINK, SYMLINK, show
 from taskckpt.errors import (
     DeniedError,
     NotFoundError,
@@ -37,7 +37,7 @@ _SMALL_BYTES = 256 << 10
 # The coarsest tick of a kernel (HZ=100): two writes within one may leave the same time stamp.
 _CLOCK_TICK_NS = 10_000_000
 _OPEN_FOLDERS = 64
-_PADDINGS = tuple(map(bytes, range(_tar.BLOCK)))
+_PADDINGS = tuple(map(bytes, range(tar.BLOCK)))
 
 _QUIET = "Save when nothing writes to the folder, or let writers use a temporary name and rename."
 _GONE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ESTALE))
@@ -54,7 +54,7 @@ _REFUSED = {
 
 
 class Entry(NamedTuple):
-    """One name of a tree as ``lstat`` saw it. A tuple, as ``_tar.Member`` is: one is made per file, twice per save.
+    """One name of a tree as ``lstat`` saw it. A tuple, as ``tar.Member`` is: one is made per file, twice per save.
 
     ``name`` is relative to the root (which is ``b""``). ``size`` is 0 for all but files. The second and later names
     of one file have the kind ``LINK`` and the first name as ``target``.
@@ -161,14 +161,14 @@ def scan(root: Path) -> Tree:
     """
     entries = []
     size_bytes = 0
-    tar_size_bytes = len(_tar.END)
+    tar_size_bytes = len(tar.END)
     with _open_given(root) as folders:
         for entry in _walk(root, folders):
             entries.append(entry)
             size = entry.size
             size_bytes += size
-            tar_size_bytes += _tar.header_size(_tar_name(entry), size, entry.mtime_ns, entry.target)
-            tar_size_bytes += size + -size % _tar.BLOCK
+            tar_size_bytes += tar.header_size(_tar_name(entry), size, entry.mtime_ns, entry.target)
+            tar_size_bytes += size + -size % tar.BLOCK
     return Tree(root, tuple(entries), size_bytes, tar_size_bytes)
 
 
@@ -185,7 +185,7 @@ def pack(tree: Tree) -> Generator[bytes | memoryview]:
     """
     with reading(tree) as folders:
         yield from _contents(tree, folders)
-    yield _tar.END
+    yield tar.END
 
 
 @contextmanager
@@ -301,7 +301,7 @@ def _children(root: Path, folders: OpenFolders, folder: bytes) -> list[Entry]:
                 _refuse(root, name, f"is {_REFUSED.get(stat.S_IFMT(info.st_mode), 'neither file, folder nor link')}")
             elif kind == SYMLINK:
                 target = _link_target(root, name, fd)
-            if len(name) > _tar.MAX_NAME_BYTES:
+            if len(name) > tar.MAX_NAME_BYTES:
                 _check_length(root, name)
             children.append(_entry(name, kind, info, target))
     return children
@@ -312,19 +312,19 @@ def _link_target(root: Path, name: bytes, folder_fd: int) -> bytes:
         target = os.readlink(name.rpartition(b"/")[2], dir_fd=folder_fd)
     except OSError as error:
         raise _failed(error, root, name) from error
-    if not _tar.link_stays_inside(target, name.count(b"/")):
+    if not tar.link_stays_inside(target, name.count(b"/")):
         _refuse(root, name, f"is a symlink to {show(target)}, which may lie outside of the folder")
     return target
 
 
 def _check_length(root: Path, name: bytes) -> None:
     # The folder's trailing slash counts too.
-    if len(name) >= _tar.MAX_PATH_BYTES:
-        _refuse(root, name, f"is a path of more than {_tar.MAX_PATH_BYTES} bytes")
-    if name.count(b"/") > _tar.MAX_DEPTH:
-        _refuse(root, name, f"lies more than {_tar.MAX_DEPTH} folders deep")
-    if len(name.rpartition(b"/")[2]) > _tar.MAX_NAME_BYTES:
-        _refuse(root, name, f"is a name of more than {_tar.MAX_NAME_BYTES} bytes")
+    if len(name) >= tar.MAX_PATH_BYTES:
+        _refuse(root, name, f"is a path of more than {tar.MAX_PATH_BYTES} bytes")
+    if name.count(b"/") > tar.MAX_DEPTH:
+        _refuse(root, name, f"lies more than {tar.MAX_DEPTH} folders deep")
+    if len(name.rpartition(b"/")[2]) > tar.MAX_NAME_BYTES:
+        _refuse(root, name, f"is a name of more than {tar.MAX_NAME_BYTES} bytes")
 
 
 def _refuse(root: Path, name: bytes, why: str) -> NoReturn:
@@ -340,8 +340,8 @@ def _contents(tree: Tree, folders: OpenFolders) -> Iterator[bytes | memoryview]:
     filled = 0
     for entry in tree.entries:
         size = entry.size
-        head = _tar.header(_tar_name(entry), entry.kind, entry.mode, size, entry.mtime_ns, entry.target)
-        padding = -size % _tar.BLOCK
+        head = tar.header(_tar_name(entry), entry.kind, entry.mode, size, entry.mtime_ns, entry.target)
+        padding = -size % tar.BLOCK
         if filled + len(head) + size + padding > CHUNK_BYTES and parts:
             yield b"".join(parts)
             parts.clear()

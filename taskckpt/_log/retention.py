@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from taskckpt._layout import claim_of_payload
-from taskckpt._records import Commit
+from taskckpt._log.records import Commit
 
 # Records this close to the top of the log are never deleted, nor are claims and joins: no writer may
 # ever find the slot after its own last one empty unless that is the end of the log.

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from taskckpt import _records
 from taskckpt._layout import LOG, SlotName, parse_slot_name, slot_key
-from taskckpt._records import Claim, ClaimId, Clear, Commit, Join, Record
-from taskckpt._store import Store
+from taskckpt._log import records as _records
+from taskckpt._log.records import Claim, ClaimId, Clear, Commit, Join, Record
+from taskckpt._stores import Store
 from taskckpt.errors import CorruptCheckpointError, NotFoundError
 
 # Records never change, so what was read once need not be read again. A few are enough: the claim,

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from taskckpt._arrays import Source, TorchSource, memory_at
 from taskckpt._operation import ordered_map
-from taskckpt._safetensors import copy
+from taskckpt._states.arrays import Source, TorchSource, memory_at
+from taskckpt._states.safetensors import copy
 from taskckpt.errors import StorageFullError
 
 # What a stream is cut into at most: small enough to stay in a core's cache while it is hashed and stored. Much smaller

@@ -15,13 +15,13 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from taskckpt import _records, _retention
-from taskckpt._history import Damaged, LogMoved, LogReader, Survey, View
 from taskckpt._layout import DATA, SlotName, claim_of_payload, parse_slot_name, payload_key, slot_key
+from taskckpt._log import records as _records
+from taskckpt._log.history import Damaged, LogMoved, LogReader, Survey, View
+from taskckpt._log.records import Claim, ClaimId, Clear, Commit, Content, Join, Record, Stamp, Stored
+from taskckpt._log.retention import RECORD_BATCH, Kept, Retention, dead_payloads, dead_records
 from taskckpt._operation import Stop
-from taskckpt._records import Claim, ClaimId, Clear, Commit, Content, Join, Record, Stamp, Stored
-from taskckpt._retention import RECORD_BATCH, Kept, Retention, dead_payloads, dead_records
-from taskckpt._store import Store
+from taskckpt._stores import Store
 from taskckpt.errors import (
     AlreadyExistsError,
     CommitUnknownError,
@@ -454,11 +454,10 @@ class TaskLog:
         self._delete_quietly([record.stored.key for record in lost if record.stored.key is not None])
 
     def _delete_dead_records(self) -> None:
-        if len(self._dropped) < _retention.GUARDED_SLOTS + RECORD_BATCH:
-            return
-        dead = set(dead_records(self._dropped, first=self._first, last=self._last))
-        self._dropped = [slot for slot in self._dropped if slot not in dead]
-        self._delete_quietly([slot_key(slot) for slot in dead])
+        dead = dead_records(self._dropped, first=self._first, last=self._last)
+        if len(dead) >= RECORD_BATCH:
+            self._dropped = [slot for slot in self._dropped if slot not in set(dead)]
+            self._delete_quietly([slot_key(slot) for slot in dead])
 
     def _sweep(self) -> None:
         """Once per claim: removes what killed attempts before ours left without a commit."""

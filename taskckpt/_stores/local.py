@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 from taskckpt._layout import DATA, LOG
 from taskckpt._operation import Stop
-from taskckpt._store import NO_ROOM, READ_BYTES, Listing
+from taskckpt._stores import NO_ROOM, READ_BYTES, Listing
 from taskckpt.errors import (
     AlreadyExistsError,
     DeniedError,
@@ -75,7 +75,7 @@ def translating(path: str | os.PathLike[str]) -> Generator[None]:
 
 
 class LocalStore:
-    """See ``_store.Store``."""
+    """See ``_stores.Store``."""
 
     exclusive: bool | None = True  # link(2) and O_EXCL refuse a taken name
 

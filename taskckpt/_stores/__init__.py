@@ -226,9 +226,9 @@ def open_store(location: Location, *, storage_options: Mapping[str, Any] | None,
 
 def _open(location: Location, storage_options: dict[str, Any], timeout_s: float) -> Store:
     if location.is_local:
-        from taskckpt._local import LocalStore
+        from taskckpt._stores.local import LocalStore
 
         return LocalStore(location.path)
-    from taskckpt._fsspec import open_remote
+    from taskckpt._stores.fsspec import open_remote
 
     return open_remote(location, storage_options, timeout_s)
