@@ -3,7 +3,7 @@
     TaskckptError
     ├── CorruptCheckpointError        something was saved, and no copy of it is intact
     │   └── UnsafeArchiveError        an archive that would write, link or grow beyond what it may
-    ├── UnsupportedFormatError        written by a newer taskckpt: upgrade
+    ├── UnsupportedFormatError        intact, but this version of taskckpt or of a library cannot read it: upgrade
     ├── StaleAttemptError             a newer attempt holds the task: stop this one
     ├── StillPendingError             (TimeoutError) a save in the background takes longer than you wait
     ├── SourceChangedError            the file or folder changed while it was saved: save again
@@ -80,7 +80,7 @@ class UnsafeArchiveError(CorruptCheckpointError):
 
 
 class UnsupportedFormatError(TaskckptError):
-    """The newest record was written by a newer format version than this taskckpt reads."""
+    """The newest checkpoint is intact, but needs a newer taskckpt, or other versions of libraries, to be read."""
 
     code = "unsupported-format"
 
