@@ -193,7 +193,11 @@ def _describe(descriptor: int, entry: Entry) -> None:
 
 
 def _copy_content(source: int, target: int, size_bytes: int) -> None:
-    """Copies so much, or less if the file is shorter by now: whoever calls sees that it changed."""
+    """Copies so much, or less if the file is shorter by now: whoever calls sees that it changed.
+
+    Raises:
+        SourceChangedError: There is more. Some file systems give a size that is not, or no longer, true.
+    """
     left = size_bytes
     try:
         # The kernel shares the blocks where it can, and else copies within the page cache.
@@ -210,3 +214,5 @@ def _copy_content(source: int, target: int, size_bytes: int) -> None:
         rest = memoryview(data)
         while rest:
             rest = rest[os.write(target, rest) :]
+    if not left and os.read(source, 1):
+        raise SourceChangedError("A file is longer than it says.", hint="Save when nobody writes to it.")

@@ -36,6 +36,7 @@ class _Worker(threading.Thread):
     def __init__(self, later: Later) -> None:
         super().__init__(name="taskckpt-later")
         self._later = later
+        self.uri = later.uri
         self.is_leaving = False
 
     def run(self) -> None:
@@ -89,26 +90,38 @@ class Later:
         begun = _begun.get()
         if begun is not None:
             begun.add(self)
-        with self._door:
-            self._wait_for_place(policy)
-            context = copy_context()  # for filters of the log, and the progress function
-            pending = Save(self, policy, lambda aside: context.run(self._save, progress, aside))
-            try:
-                pending.keep(set_aside(data, self._host_buffers, partial(self._supersede, pending)))
-            except BaseException as error:
-                pending.fail(error)  # something may have made room for it, and is waited for
-                untold.pop(pending, None)
-                raise
-            self._queue.append(pending)
-            self._supersede(pending)
-        self.see_to_it()
-        return PendingSave(pending)
-
-    def _wait_for_place(self, policy: Policy) -> None:
-        for pending in self._queue.copy():
-            # A signal handler must not wait if it is in the middle of the save that would make room.
-            if (policy == "queue" or not pending.may_be_superseded) and not self.is_busy_here:
+        while True:
+            for pending in self._in_the_way(policy):  # not waited for at the door: a progress function may want to pass
                 pending.wait_for_turn()
+            with self._door:
+                if not self._in_the_way(policy):
+                    begun_now = self._begin(data, policy, progress)
+                    break
+        self.see_to_it()
+        return PendingSave(begun_now)
+
+    def _in_the_way(self, policy: Policy) -> list[Save]:
+        """What waits and is not to be superseded."""
+        if self.is_busy_here:
+            return []  # a signal handler in the middle of the save that would make room must not wait for it
+        waiting = [pending for pending in self._queue.copy() if pending.is_waiting]
+        return [pending for pending in waiting if policy == "queue" or not pending.may_be_superseded]
+
+    def _begin(self, data: Data | Mapping[str, Any], policy: Policy, progress: Progress | None) -> Save:
+        context = copy_context()  # for filters of the log, and the progress function
+        pending = Save(self, policy, lambda aside: context.run(self._save, progress, aside))
+        try:
+            pending.keep(set_aside(data, self._host_buffers, partial(self._supersede, pending)))
+            self._attempt.expect_writable("save")  # the task may have ended while it was copied
+            self._queue.append(pending)
+        except BaseException as error:
+            with suppress(ValueError):
+                self._queue.remove(pending)
+            pending.fail(error)  # something may have made room for it, and is waited for
+            untold.pop(pending, None)
+            raise
+        self._supersede(pending)
+        return pending
 
     def _supersede(self, by: Save) -> None:
         for pending in self._queue.copy():
@@ -184,6 +197,7 @@ class Later:
         """Saves what waits, and what is added meanwhile."""
         with self._turn:
             outer, self._saving_in = self._saving_in, threading.get_ident()
+            worker.is_leaving = True  # until it is seen that something waits
             try:
                 while self._queue:
                     worker.is_leaving = False
@@ -243,6 +257,10 @@ def flush(laters: Collection[Later], stop: Stop) -> None:
 # --- the end of the process --------------------------------------------------------------------
 
 
+# After so long it is said why the process does not end.
+_SILENT_AT_EXIT_S = 2.0
+
+
 class _Exit:
     has_begun = False
 
@@ -255,7 +273,10 @@ def _flush_at_exit() -> None:
     while workers := list(_workers):
         for thread in workers:
             with suppress(RuntimeError):  # it was never started
-                thread.join()
+                thread.join(_SILENT_AT_EXIT_S)
+                if thread.is_alive():
+                    logger.warning("Waiting for a save to %s in the background. Ctrl-C gives it up.", thread.uri)
+                    thread.join()
             _workers.discard(thread)
     _exit.has_begun = True
     for pending in list(untold):

@@ -7,8 +7,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar, cast
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from taskckpt._testing import switches
 from taskckpt.errors import StorageFullError, UnavailableError
@@ -116,14 +117,43 @@ def _reason(state: tenacity.RetryCallState) -> object:
     return state.outcome.exception() if state.outcome else None
 
 
-def submit(pool: ThreadPoolExecutor, function: Callable[[T], R], item: T) -> Future[R]:
-    """``pool.submit``; where no thread can be started (the interpreter is shutting down) it is done here and now."""
-    try:
-        return pool.submit(function, item)
-    except RuntimeError:
-        future: Future[R] = Future()
-        future.set_result(function(item))
-        return future
+class Call(Generic[R]):
+    """A call that a thread of a pool makes, or who asks for it if no thread can be started; but never both.
+
+    The pool alone could not be relied on: it keeps a call whose thread did not start, and makes it later all the same;
+    and it does not wait for a thread whose start was interrupted, which may still use buffers of ours.
+    """
+
+    def __init__(self, function: Callable[[], R]) -> None:
+        self._todo = [function]  # to pop is one step: whoever gets it makes the call
+        self._future: Future[R] = Future()
+
+    def start(self, pool: ThreadPoolExecutor) -> None:
+        try:
+            pool.submit(self._make)
+        except RuntimeError:  # the interpreter is shutting down, or there may be no more threads
+            self._make()
+
+    def _make(self) -> None:
+        try:
+            function = self._todo.pop()
+        except IndexError:
+            return
+        try:
+            self._future.set_result(function())
+        except BaseException as error:  # noqa: BLE001 - for whoever asks for the result
+            self._future.set_exception(error)
+
+    def result(self) -> R:
+        """Waits for what came of it."""
+        return self._future.result()
+
+    def give_up(self) -> None:
+        """Afterwards it has ended, or will never begin."""
+        try:
+            self._todo.pop()
+        except IndexError:
+            wait((self._future,))
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T], *, threads: int, ahead: int = 0) -> Generator[R]:
@@ -132,15 +162,20 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], *, threads: int,
     When the consumer stops early, running calls are waited for.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="taskckpt")
-    under_way: deque[Future[R]] = deque()
+    under_way: deque[Call[R]] = deque()
     try:
         for item in items:
-            under_way.append(submit(pool, function, item))
+            under_way.append(Call(partial(function, item)))
+            under_way[-1].start(pool)
             if len(under_way) >= threads + ahead:
-                yield under_way.popleft().result()
+                result = under_way[0].result()
+                under_way.popleft()
+                yield result
         while under_way:
             yield under_way.popleft().result()
     finally:
+        for call in under_way:
+            call.give_up()
         pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -155,7 +190,12 @@ def made_ahead(items: Iterable[T]) -> Generator[T]:
     """
     iterator = iter(items)
     with ThreadPoolExecutor(1, thread_name_prefix="taskckpt") as pool:
-        coming = submit(pool, lambda _: next(iterator, _END), None)
-        while (item := coming.result()) is not _END:
-            coming = submit(pool, lambda _: next(iterator, _END), None)
-            yield cast("T", item)
+        coming = Call(partial(next, iterator, _END))
+        try:
+            coming.start(pool)
+            while (item := coming.result()) is not _END:
+                coming = Call(partial(next, iterator, _END))
+                coming.start(pool)
+                yield cast("T", item)
+        finally:
+            coming.give_up()

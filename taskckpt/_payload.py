@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,7 +19,7 @@ from taskckpt import _foreign
 from taskckpt._archive import extract, gzip, pack
 from taskckpt._foreign import ForeignObject
 from taskckpt._log.records import INLINE_LIMIT_BYTES, Commit, Content, Digest, Kind, Stored
-from taskckpt._operation import Stop, submit
+from taskckpt._operation import Call, Stop
 from taskckpt._progress import Report
 from taskckpt._stores import READ_BYTES, Store
 from taskckpt._stores.local import translating
@@ -82,7 +83,7 @@ def source_of(data: Data) -> Source:
         raise UsageTypeError(
             f"save takes bytes, bytearray, memoryview, or a str or Path to a file or folder, "
             f"not {type(data).__name__}.",
-            hint="Encode it first, for instance with json.dumps(...).encode().",
+            hint="Encode it first, for instance with json.dumps(...).encode(); or put it into a dict for save_state().",
         )
     path = os.fspath(data)
     if not isinstance(path, str):
@@ -222,9 +223,13 @@ class _Meter:
                     self._hash.update(chunk)
                     yield chunk
                 else:
-                    hashed = submit(pool, self._hash.update, chunk)
-                    yield chunk
-                    hashed.result()
+                    hashed = Call(partial(self._hash.update, chunk))
+                    try:
+                        hashed.start(pool)
+                        yield chunk
+                        hashed.result()
+                    finally:
+                        hashed.give_up()
                 if self._report is not None:
                     self._report(self.size_bytes, self._total_bytes)
 
@@ -246,8 +251,13 @@ def upload(
     if source.kind in ("bytes", "state") and source.size_hint <= INLINE_LIMIT_BYTES:
         data = b"".join(map(bytes, source.chunks()))
         digest = Digest.of(data)
+        if report is not None:
+            report(len(data), len(data))
         return Content(source.kind, digest), Stored(digest, inline=data)
-    content, stored = _Meter(report, source.size_hint), _Meter()
+    content, stored = _Meter(None if source.kind == "folder" else report, source.size_hint), _Meter()
+    if report is not None and source.kind == "folder":
+        # A thread reads ahead. It is the one that saves that reports: what the user's function may do depends on that.
+        stored = _Meter(lambda _done, _total: report(content.size_bytes, source.size_hint))
     key = key_for(source.suffix)
     with closing(content.through(source.chunks())) as chunks:
         if source.kind == "folder":
@@ -278,6 +288,8 @@ def stored_chunks(
     stored = commit.stored
     if stored.inline is not None:
         yield stored.inline  # its digest was checked with the record
+        if report is not None:
+            report(len(stored.inline), len(stored.inline))
         return
     assert stored.key is not None
     uri = f"{store.uri}/{stored.key}"

@@ -69,7 +69,7 @@ class PendingSave:
             StillPendingError: It has not ended in time. Also a ``TimeoutError``.
             UsageError: The wait would never end: in a child process, or in the middle of a save of the same
                 thread (in a signal handler, or a ``progress`` function).
-            The error of the save: one of those that ``save_sync`` raises.
+            The error of the save, or of the one that took its place: one of those that ``save_sync`` raises.
         """
         self._save.wait(deadline_in(timeout_s))
         return self._save.outcome()
@@ -187,9 +187,12 @@ class Save:
     def outcome(self) -> bool:
         """Whether it was saved, or its error, which somebody has got now."""
         untold.pop(self, None)
-        if self.error is not None:
-            raise self.error
-        return self.successor is None
+        newest = self
+        while newest.successor is not None:
+            newest = newest.successor
+        if newest.error is not None:
+            raise newest.error  # what took its place is not saved either
+        return newest is self
 
     # --- for who saves -------------------------------------------------------------------------
 
@@ -229,6 +232,7 @@ class Save:
         """Ends it so."""
         self.error = error
         untold[self] = None
+        self._free()
         self._end()
 
     def _free(self) -> None:

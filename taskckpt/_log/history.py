@@ -101,8 +101,9 @@ class LogReader:
             name = parse_slot_name(text)
             if name is not None:  # other files may lie there (.nfs..., backups): not ours, not read
                 names[name.slot] = (*names.get(name.slot, ()), name)
-        if not listing.complete and any(name.nonce for same in names.values() for name in same):
-            return self.look(first_page=False)  # the names of those below cannot be told from their slots
+        if not listing.complete and (not names or any(name.nonce for same in names.values() for name in same)):
+            # None of ours on that page; or the names of those below cannot be told from their slots.
+            return self.look(first_page=False)
         return View(names, tuple(sorted(names)), listing.complete)
 
     def remember(self, name: SlotName, record: Record) -> None:
@@ -225,6 +226,8 @@ class LogReader:
 
     def sources(self, view: View, *, at_most: int) -> tuple[str, ...]:
         """Where the newest claim that says so comes from; looks at no more than ``at_most`` records."""
+        if not view.complete and len(view.slots) < at_most:
+            view = self.look(first_page=False)
         for slot in view.slots[::-1][:at_most]:
             for found in self.read_slot(view, slot):
                 if isinstance(found, Claim) and found.continues_from:

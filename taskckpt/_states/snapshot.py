@@ -16,7 +16,7 @@ from typing import Any
 from taskckpt._operation import ordered_map
 from taskckpt._states.arrays import Source, TorchSource, memory_at
 from taskckpt._states.safetensors import copy
-from taskckpt.errors import StorageFullError
+from taskckpt.errors import SourceChangedError, StorageFullError
 
 # What a stream is cut into at most: small enough to stay in a core's cache while it is hashed and stored. Much smaller
 # pieces are joined, since each one costs something further on.
@@ -142,8 +142,9 @@ class EncodedState:
         """
         small: list[bytes] = []
         buffer = self._buffer()
-        joined = 0
+        joined = total = 0
         for piece in self._pieces():
+            total += len(piece)
             if len(piece) <= _SMALL_BYTES:
                 small.append(bytes(piece))
                 joined += len(piece)
@@ -157,6 +158,8 @@ class EncodedState:
                 yield piece if buffer is None else _copied(piece, buffer)
         if small:
             yield b"".join(small)
+        if total != self.size_bytes:
+            raise SourceChangedError("An array of the state was given another size while it was saved.")
 
     def _buffer(self) -> memoryview | None:
         """Where pieces are copied to; None where nobody else can change them."""
@@ -183,7 +186,8 @@ class EncodedState:
         try:
             events = _copy_all(self._sources, slabs)
         except BaseException:
-            buffers.give_back(slabs)
+            if not pinned:  # else a GPU may still be writing to them
+                buffers.give_back(slabs)
             raise
         return _Snapshot(self._header, slabs, self._data_bytes, buffers, events)
 

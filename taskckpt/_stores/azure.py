@@ -80,7 +80,7 @@ class AzureStore(FsspecStore):
             page = [blob.name.removeprefix(prefix) for blob in found]
             names += [name for name, blob in zip(page, found, strict=True) if not _is_folder(blob)]
             # Accounts with real folders do not promise an order: there the first page proves nothing.
-            if not token or (first_page and page == sorted(page)):
+            if not token or (first_page and names and page == sorted(page)):
                 return Listing(names, complete=not token)
 
     async def _page(

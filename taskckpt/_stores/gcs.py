@@ -79,7 +79,7 @@ class GCSStore(FsspecStore):
             found = [entry["name"].removeprefix(prefix) for entry in page.get("items", ())]
             names += [name for name in found if not name.endswith("/")]  # a console makes those, for an empty folder
             token = page.get("nextPageToken")
-            if first_page or not token:
+            if not token or (first_page and names):
                 return Listing(names, complete=not token)
 
     def _page(self, folder: str, **query: Any) -> dict[str, Any]:

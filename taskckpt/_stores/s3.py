@@ -84,7 +84,7 @@ class S3Store(FsspecStore):
             if not page.get("IsTruncated"):
                 return Listing(found)
             # Directory buckets (S3 Express) list in no order: there the first page proves nothing.
-            if first_page and names == sorted(names):
+            if first_page and names and names == sorted(names):
                 return Listing(found, complete=False)
             token = {"ContinuationToken": page["NextContinuationToken"]}
 

@@ -321,3 +321,11 @@ def test_where_blocks_can_be_shared_the_copy_takes_no_room(kind, tmp_path):
             assert free - shutil.disk_usage(disk).free < size // 10
             held.set()
             assert pending.result()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="NOT TESTED: needs Linux's /proc")
+def test_a_file_that_is_longer_than_it_says_is_not_cut(tmp_path):
+    cp = Checkpoint(tmp_path / "task")
+    with pytest.raises(SourceChangedError):
+        cp.save_later("/proc/self/status")
+    assert cp.load_sync() is None

@@ -268,3 +268,19 @@ def test_old_ones_are_found_where_a_first_page_does_not_hold_their_names(gateway
     for path in payloads[8:]:
         path.write_bytes(b"damaged")
     assert Checkpoint(gateway, read_only=True).load_bytes_sync() == bytes([7]) * 70_000
+
+
+@pytest.mark.parametrize("page", ["empty", "of others"])
+def test_a_first_page_without_records_is_no_empty_log(gateway, monkeypatch, page):
+    Checkpoint(gateway).save_sync(b"precious")
+
+    def without_records(store, folder, *, first_page=False):
+        names = ["#backup"] if page == "of others" else []
+        return Listing(names, complete=False) if first_page else LocalStore.list_below(store, folder)
+
+    monkeypatch.setattr(Overwriting, "list_below", without_records)
+    look = Checkpoint(gateway, read_only=True)
+    assert look.prev_exists()
+    assert look.load_bytes_sync() == b"precious"
+    assert Checkpoint(gateway.parent / "next", src=gateway).load_bytes_sync() == b"precious"
+    assert Checkpoint(gateway).load_bytes_sync() == b"precious"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import closing
 
 import pytest
 
@@ -232,10 +233,12 @@ def test_an_error_comes_after_the_items_before_it():
 
 
 def test_whoever_closes_waits_for_the_item_that_is_being_made():
-    ended = []
+    begun, ended = threading.Event(), []
 
     def items():
         for number in range(5):
+            if number == 1:
+                begun.set()
             time.sleep(0.02)
             ended.append(number)
             yield number
@@ -243,7 +246,67 @@ def test_whoever_closes_waits_for_the_item_that_is_being_made():
     source = items()
     found = made_ahead(source)
     next(found)
+    begun.wait()
     found.close()
     assert ended == [0, 1]
     source.close()  # which no thread is in any more
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("taskckpt_")]
+
+
+def failing_start(monkeypatch, at, error):
+    """The start of our ``at``-th thread fails, or is interrupted when the thread runs already."""
+    original, count = threading.Thread.start, 0
+
+    def start(self):
+        nonlocal count
+        count += self.name.startswith("taskckpt")
+        if count != at or not self.name.startswith("taskckpt"):
+            original(self)
+            return
+        if error is KeyboardInterrupt:
+            original(self)
+        raise error("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_thread_that_cannot_be_started_makes_no_call_twice(monkeypatch, at):
+    failing_start(monkeypatch, at, RuntimeError)
+    calls = []
+    items = (number for number in range(40))
+
+    def work(number):
+        calls.append(number)
+        time.sleep(0.002)
+        return number
+
+    assert list(ordered_map(work, made_ahead(items), threads=3, ahead=1)) == list(range(40))
+    assert sorted(calls) == list(range(40))
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_thread_whose_start_was_interrupted_is_waited_for(monkeypatch, at):
+    failing_start(monkeypatch, at, KeyboardInterrupt)
+    under_way = []
+
+    def work(number):
+        under_way.append(number)
+        time.sleep(0.2)
+        under_way.remove(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(ordered_map(work, range(10), threads=2))
+    assert under_way == []
+
+
+def test_so_it_is_with_what_is_made_ahead(monkeypatch):
+    failing_start(monkeypatch, 1, KeyboardInterrupt)
+
+    def items():
+        time.sleep(0.2)
+        yield 1
+
+    source = items()
+    with pytest.raises(KeyboardInterrupt), closing(source), closing(made_ahead(source)) as ahead:
+        list(ahead)

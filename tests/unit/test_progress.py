@@ -163,3 +163,30 @@ def test_silence_imports_no_bar(tmp_path):
         assert "tqdm" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+
+
+@pytest.mark.parametrize("data", [b"", b"tiny"])
+def test_little_is_told_once(tmp_path, data):
+    told = []
+    cp = Checkpoint(tmp_path / "task")
+    cp.save_sync(data, progress=lambda *one: told.append(one))
+    cp.load_sync(progress=lambda *one: told.append(one))
+    assert cp.load_bytes_sync(progress=lambda *one: told.append(one)) == data
+    assert told == [(len(data), len(data))] * 3
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "bytes"])
+def test_the_function_may_save_too(tmp_path, sources, kind):
+    """In the middle of a save of the same thread, which is then the newer one."""
+    cp = Checkpoint(tmp_path / "task")
+    begun: list[bool] = []
+
+    def save(done, total):
+        if not begun:
+            begun.append(True)
+            cp.save_sync(b"from inside")
+
+    cp.save_sync(sources[kind], progress=save)
+    newest = Checkpoint(tmp_path / "task", read_only=True).load_sync()
+    assert newest is not None
+    assert newest.is_dir() == (kind == "folder")

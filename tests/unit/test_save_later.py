@@ -621,7 +621,7 @@ def interrupted_at(at: int, functions: set[str], act, interrupt) -> bool:
     return count >= at
 
 
-CRITICAL = {"save", "_wait_for_place", "_supersede", "supersede", "see_to_it", "keep", "__init__", "open"} | {
+CRITICAL = {"save", "_in_the_way", "_begin", "_supersede", "supersede", "see_to_it", "keep", "__init__", "open"} | {
     *(
         "wait",
         "wait_for_turn",

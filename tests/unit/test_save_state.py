@@ -16,8 +16,15 @@ import pytest
 from taskckpt import Checkpoint, PendingSave
 from taskckpt._log.records import INLINE_LIMIT_BYTES
 from taskckpt._operation import Stop
-from taskckpt._payload import Source
-from taskckpt.errors import CorruptCheckpointError, UnsupportedFormatError, UsageError, UsageTypeError
+from taskckpt._payload import Source, encoded_source
+from taskckpt._states import encode, safetensors, snapshot
+from taskckpt.errors import (
+    CorruptCheckpointError,
+    SourceChangedError,
+    UnsupportedFormatError,
+    UsageError,
+    UsageTypeError,
+)
 from taskckpt.testing import intercepted
 
 SMALL = {"step": 7, "names": ["a", "b"], "nested": {"lr": 0.1, "none": None}}
@@ -257,7 +264,8 @@ def test_when_there_is_no_memory_for_it_the_waiting_one_has_given_way(place, hel
         patched.setattr("taskckpt._states.snapshot.EncodedState.snapshot", no_memory)
         with pytest.raises(MemoryError):
             cp.save_later(large(3.0))
-    assert second.result() is False
+    with pytest.raises(MemoryError):  # neither is saved
+        second.result()
     held.set()
     cp.wait()
     assert first.result()
@@ -270,4 +278,46 @@ def test_states_and_other_kinds_in_turn(place, tmp_path):
     for data in (large(), b"bytes", tmp_path / "file", SMALL):
         cp.save_later(data, policy="queue")
     cp.wait()
+    assert cp.load_state_sync() == SMALL
+
+
+def test_an_interrupted_copy_is_over_before_its_memory_is_used_again(cp, monkeypatch):
+    copy: Any = safetensors.copy  # what the snapshot copies with
+    start = threading.Thread.start
+    begun: list[threading.Thread] = []
+
+    def slow_copy(*arguments: Any) -> None:
+        if threading.current_thread() is not threading.main_thread() and len(begun) == 1:
+            time.sleep(0.2)
+        copy(*arguments)
+
+    def interrupted_start(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name.startswith("taskckpt"):
+            begun.append(thread)
+            if len(begun) == 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(snapshot, "copy", slow_copy)
+    monkeypatch.setattr(threading.Thread, "start", interrupted_start)
+    with pytest.raises(KeyboardInterrupt):
+        cp.save_later({"w": np.full(3_000_000, 1.0)})
+    assert cp.save_later({"w": np.full(3_000_000, 2.0)}).result()
+    found = cp.load_state_sync()
+    assert found is not None
+    assert set(np.unique(found["w"])) == {2.0}
+
+
+def test_an_array_that_shrinks_while_it_is_saved_is_no_checkpoint(cp):
+    cp.save_state_sync(SMALL)
+    array = np.zeros(1_000_000)
+    state = {"a": np.zeros(1_000_000), "z": array}
+
+    def shrink(done: int, _total: int) -> None:
+        if done > 1_000_000:
+            array.resize(10, refcheck=False)
+
+    encoded = encode(state)
+    with pytest.raises(SourceChangedError):
+        cp._attempt.save(lambda: encoded_source(encoded), Stop(), shrink)
     assert cp.load_state_sync() == SMALL
