@@ -115,13 +115,16 @@ class Later:
             self._attempt.expect_writable("save")  # the task may have ended while it was copied
             self._queue.append(pending)
         except BaseException as error:
-            with suppress(ValueError):
-                self._queue.remove(pending)
-            pending.fail(error)  # something may have made room for it, and is waited for
-            untold.pop(pending, None)
+            if not self._has(pending):  # else it was interrupted just behind that: what is in flight may be read now
+                pending.fail(error)  # something may have made room for it, and is waited for
+                untold.pop(pending, None)
             raise
         self._supersede(pending)
         return pending
+
+    def _has(self, pending: Save) -> bool:
+        # In the order in which a save goes through these.
+        return pending in self._queue.copy() or self._in_flight is pending or not pending.is_waiting
 
     def _supersede(self, by: Save) -> None:
         for pending in self._queue.copy():

@@ -28,8 +28,7 @@ from taskckpt.errors import (
     UsageTypeError,
 )
 from taskckpt.testing import instant_retries, intercepted
-
-PACKAGE = os.path.dirname(taskckpt.__file__) + os.sep
+from tests.interrupts import interrupted_at, press_ctrl_c
 
 
 class Store:
@@ -594,34 +593,18 @@ def test_progress_may_save_as_well(place, cp):
     assert newest(place) == b"later"
 
 
-def interrupted_at(at: int, functions: set[str], act, interrupt) -> bool:
-    """Runs ``act`` with an interrupt before line ``at`` of these functions; whether there are so many."""
-    count = 0
-
-    def trace(frame, event, _):
-        nonlocal count
-        code = frame.f_code
-        if not code.co_filename.startswith(PACKAGE) or code.co_name not in functions:
-            return trace if event == "call" and code.co_filename.startswith(PACKAGE) else None
-        if event == "line":
-            count += 1
-            if count == at:
-                sys.settrace(None)
-                interrupt()
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        act()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(before)
-    return count >= at
-
-
-CRITICAL = {"save", "_in_the_way", "_begin", "_supersede", "supersede", "see_to_it", "keep", "__init__", "open"} | {
+CRITICAL = {
+    "save",
+    "_in_the_way",
+    "_begin",
+    "_has",
+    "_supersede",
+    "supersede",
+    "see_to_it",
+    "keep",
+    "__init__",
+    "open",
+} | {
     *(
         "wait",
         "wait_for_turn",
@@ -637,10 +620,6 @@ CRITICAL = {"save", "_in_the_way", "_begin", "_supersede", "supersede", "see_to_
     ),
     *("raise_failures", "_copied", "set_aside", "process_root", "take", "give_back", "_is_mine", "snapshot", "release"),
 }
-
-
-def press_ctrl_c() -> None:
-    raise KeyboardInterrupt
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +307,28 @@ def test_an_interrupted_copy_is_over_before_its_memory_is_used_again(cp, monkeyp
     found = cp.load_state_sync()
     assert found is not None
     assert set(np.unique(found["w"])) == {2.0}
+
+
+def test_what_was_interrupted_when_it_was_in_flight_already_keeps_its_memory(cp, held):
+    class Interrupting(deque[Any]):
+        def append(self, pending: Any) -> None:
+            super().append(pending)
+            cp._later.see_to_it()
+            while pending.is_waiting:
+                time.sleep(0.001)
+            raise KeyboardInterrupt
+
+    cp._later._queue = Interrupting()
+    with pytest.raises(KeyboardInterrupt):
+        cp.save_later(large(1.0))
+    cp._later._queue = deque()
+    cp.save_later(large(2.0))
+    assert cp._later._buffers is not None
+    assert cp._later._buffers.free_bytes == 0, "both are still to be saved"
+    held.set()
+    cp.wait()
+    assert same(cp.load_state_sync(), large(2.0))
+    assert len(list((Path(cp.remote_destination) / "data").rglob("*-*/*"))) == 2
 
 
 def test_an_array_that_shrinks_while_it_is_saved_is_no_checkpoint(cp):

@@ -18,9 +18,9 @@ from taskckpt import Checkpoint, StaleAttemptError, context, task
 from taskckpt.context import CLAIMS, MOST_CLAIMS
 from taskckpt.errors import CommitUnknownError, DeniedError, StorageFullError, UnavailableError, UsageError
 from taskckpt.testing import intercepted
+from tests.interrupts import interrupted_at, press_ctrl_c
 
 ROOT = Path(__file__).parent.parent.parent
-PACKAGE = os.path.dirname(taskckpt.__file__) + os.sep
 
 
 @pytest.fixture(autouse=True)
@@ -307,37 +307,6 @@ def test_a_save_after_a_clear_without_an_answer_is_all_there_is(faults, place, c
         Checkpoint(place).load_bytes_sync()  # and not what was cleared
 
 
-def lines_of(functions, act):
-    """How many lines of these functions run in ``act``; or an interrupt at line ``at``."""
-
-    def run(at):
-        count = 0
-
-        def trace(frame, event, _):
-            nonlocal count
-            code = frame.f_code
-            if not code.co_filename.startswith(PACKAGE) or code.co_name not in functions:
-                return trace if event == "call" and code.co_filename.startswith(PACKAGE) else None
-            if event == "line":
-                count += 1
-                if count == at:
-                    sys.settrace(None)
-                    raise KeyboardInterrupt
-            return trace
-
-        before = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            act()
-        except KeyboardInterrupt:
-            return True
-        finally:
-            sys.settrace(before)
-        return False
-
-    return run
-
-
 @pytest.mark.parametrize("handed", [False, True], ids=["claims", "joins"])
 @pytest.mark.parametrize("act", ["load", "save"])
 def test_an_interrupt_at_any_line_of_a_takeover_leaves_it_able_to_save(tmp_path, handed, act):
@@ -352,7 +321,7 @@ def test_an_interrupt_at_any_line_of_a_takeover_leaves_it_able_to_save(tmp_path,
             cp.load_sync()
             cp = copy.deepcopy(cp)
         first = cp.load_bytes_sync if act == "load" else lambda cp=cp: cp.save_sync(b"2")
-        interrupted = lines_of(functions, first)(at)
+        interrupted = interrupted_at(at, functions, first, press_ctrl_c)
         cp.save_sync(b"3")
         cp.save_sync(b"4")
         assert Checkpoint(place).load_bytes_sync() == b"4"
