@@ -261,7 +261,7 @@ def flush(laters: Collection[Later], stop: Stop) -> None:
 
 
 # After so long it is said why the process does not end.
-_SILENT_AT_EXIT_S = 2.0
+_SILENT_AT_EXIT_S = 5.0
 
 
 class _Exit:

@@ -175,7 +175,7 @@ class AzureStore(FsspecStore):
         await self._blob(key).delete_blob(delete_snapshots="include", **self._patience)
 
     def sweep(self, is_dead: Callable[[str], bool]) -> None:
-        root = self._key("") + "/" if self._key("") else ""
+        root = self._key_root
         prefix = f"{root}{DATA}/"
         token: str | None = None
         while True:

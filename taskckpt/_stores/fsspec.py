@@ -214,6 +214,11 @@ class FsspecStore:
         prefix = self._location.path.partition("/")[2]
         return "/".join(part for part in (prefix, key) if part)
 
+    @property
+    def _key_root(self) -> str:
+        """What all whole keys begin with."""
+        return f"{self._key('')}/" if self._key("") else ""
+
     def _call(self, key: str, request: Callable[[], T], stop: Stop | None = None) -> T:
         """One request: with its errors translated, and passing ones tried again."""
         uri = f"{self.uri}/{key}" if key else self.uri

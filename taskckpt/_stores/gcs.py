@@ -178,7 +178,7 @@ class GCSStore(FsspecStore):
 
     def sweep(self, is_dead: Callable[[str], bool]) -> None:
         """Ends what killed writers left that sent parts through the XML interface, as obstore does."""
-        root = self._key("") + "/" if self._key("") else ""
+        root = self._key_root
         objects = f"{self.fs.base.removesuffix('storage/v1/')}{self._bucket}"
         with contextlib.suppress(NotFoundError):  # an emulator without that interface
             _, body = self._gcs(DATA, "GET", f"{objects}?uploads", prefix=f"{root}{DATA}/")

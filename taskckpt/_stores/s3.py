@@ -166,7 +166,7 @@ class S3Store(FsspecStore):
                 )
 
     def sweep(self, is_dead: Callable[[str], bool]) -> None:
-        root = self._key("") + "/" if self._key("") else ""
+        root = self._key_root
         answer = self._s3(DATA, "list_multipart_uploads", Prefix=f"{root}{DATA}/")
         for upload in answer.get("Uploads", ()):
             key = upload["Key"].removeprefix(root)

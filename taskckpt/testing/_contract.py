@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -54,6 +55,14 @@ class StoreContract:
     def leftovers(self, store: Store) -> Sequence[str]:  # noqa: ARG002
         """What half-written objects there are that no listing shows. Override it where there may be any."""
         return ()
+
+    def _settled_leftovers(self, store: Store) -> Sequence[str]:
+        """The same, once the server is through with what was under way when its writers were killed."""
+        before, now = None, self.leftovers(store)
+        while now != before:
+            time.sleep(0.3)
+            before, now = now, self.leftovers(store)
+        return now
 
     # --- list_below ----------------------------------------------------------------------------
 
@@ -342,7 +351,7 @@ class StoreContract:
                 pass
         before = set(store.list_below("").names)
         assert before >= {whole, slot_key(1)}
-        half_written = len(self.leftovers(store))
+        half_written = len(self._settled_leftovers(store))
         asked: list[str] = []
 
         def is_dead(key: str) -> bool:
