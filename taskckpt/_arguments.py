@@ -1,15 +1,24 @@
-"""The arguments of ``Checkpoint``, checked when it is made: what is wrong is said before anything is done."""
+"""The arguments of ``Checkpoint`` and its verbs, checked: what is wrong is said before anything is done."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from numbers import Integral, Real
+from typing import Any, Literal, TypeAlias, cast
 
+from taskckpt._log.records import Json, Notes
 from taskckpt.errors import UsageError, UsageTypeError
 
 Target: TypeAlias = str | os.PathLike[str]
 SourceKind = Literal["auto", "bytes", "folder"]
+
+# What any reader of JSON takes for the number that it is.
+HIGHEST_STEP = 2**53 - 1
+# All metadata and metrics of a checkpoint lie in its record, which whoever lists checkpoints reads.
+NOTES_LIMIT_BYTES = 64 * 1024
 
 
 def as_sources(src: Target | Sequence[Target] | None) -> Sequence[Target]:
@@ -28,12 +37,6 @@ def checked_options(storage_options: Mapping[str, Any] | None) -> dict[str, Any]
     return dict(storage_options or {})
 
 
-def checked_keep(keep: int | None) -> int | None:
-    if keep is None or (isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1):
-        return keep
-    raise UsageError(f"keep={keep!r} must be at least 1, or None to keep all.")
-
-
 def checked_timeout(timeout_s: float) -> float:
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
         raise UsageError(f"timeout_s={timeout_s!r} must be a number of seconds above 0.")
@@ -44,3 +47,73 @@ def checked_kind(kind: str) -> SourceKind:
     if kind in ("auto", "bytes", "folder"):
         return kind  # type: ignore[return-value]
     raise UsageError(f"src_kind={kind!r} must be 'auto', 'bytes' or 'folder'.")
+
+
+def checked_step(step: int, *, what: str = "step") -> int:
+    if isinstance(step, bool) or not isinstance(step, Integral):
+        raise UsageTypeError(f"{what}={step!r} must be a whole number, not {type(step).__name__}.")
+    if not 0 <= step <= HIGHEST_STEP:
+        raise UsageError(f"{what}={step!r} must be from 0 to {HIGHEST_STEP}.")
+    return int(step)
+
+
+def checked_notes(step: int | None, metadata: Mapping[str, Json] | None, metrics: Mapping[str, float] | None) -> Notes:
+    """What the user says about a checkpoint, as it comes back: numbers of NumPy as Python's, tuples as lists.
+
+    Raises:
+        UsageTypeError: Something in it has a type that JSON does not know; the message names its path.
+        UsageError: It is too large, or a number is not finite where it must be.
+    """
+    notes = Notes(
+        None if step is None else checked_step(step),
+        {} if metadata is None else cast("dict[str, Json]", _plain(_mapping(metadata, "metadata"), "metadata")),
+        {} if metrics is None else {name: _metric(name, value) for name, value in _mapping(metrics, "metrics").items()},
+    )
+    size = _size_of(notes) if notes.metadata or notes.metrics else 0
+    if size > NOTES_LIMIT_BYTES:
+        raise UsageError(
+            f"The metadata and metrics take {size} bytes; {NOTES_LIMIT_BYTES} are the most.",
+            hint="Put what is large into the checkpoint itself.",
+        )
+    return notes
+
+
+def _size_of(notes: Notes) -> int:
+    try:
+        return len(json.dumps([notes.metadata, notes.metrics], ensure_ascii=False).encode())
+    except UnicodeEncodeError as error:
+        raise UsageError("The metadata or metrics hold text that is not valid Unicode.") from error
+
+
+def _mapping(values: object, what: str) -> Mapping[Any, Any]:
+    if not isinstance(values, Mapping):
+        raise UsageTypeError(f"{what} must be a dict, not {type(values).__name__}.")
+    wrong = [key for key in values if not isinstance(key, str)]
+    if wrong:
+        raise UsageTypeError(f"{what}: the key {wrong[0]!r} must be a str.")
+    return values
+
+
+def _plain(value: object, path: str) -> Json:
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{path}[{key!r}]") for key, item in _mapping(value, path).items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, f"{path}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        if not math.isfinite(value):
+            raise UsageError(f"{path} is {float(value)}, which JSON cannot say.", hint="metrics= takes it.")
+        return float(value)
+    raise UsageTypeError(
+        f"{path} is of the type {type(value).__name__}; metadata holds what JSON does.",
+        hint="Put it into the checkpoint itself, or make text or a number of it.",
+    )
+
+
+def _metric(name: str, value: object) -> float:
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+        raise UsageTypeError(f"metrics[{name!r}] is of the type {type(value).__name__}, and no number.")
+    return float(cast("float", value))

@@ -18,17 +18,28 @@ from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from taskckpt import _payload, _workspace
 from taskckpt._arguments import SourceKind, Target
-from taskckpt._chain import Chain, Loadable, Origin
-from taskckpt._layout import LOG
-from taskckpt._log.records import Commit
-from taskckpt._log.retention import Kept
-from taskckpt._log.writer import TaskLog, new_nonce
+from taskckpt._chain import Chain, Loadable, Origin, place_of
+from taskckpt._keep import KeepPolicy, text_of
+from taskckpt._layout import LOG, slot_key
+from taskckpt._log import catalogue
+from taskckpt._log.history import LogReader
+from taskckpt._log.records import NO_NOTES, Commit, Notes, Stored
+from taskckpt._log.slots import new_nonce
+from taskckpt._log.writer import Saved, TaskLog
 from taskckpt._operation import Stop
 from taskckpt._payload import PAYLOAD, Source
 from taskckpt._progress import Report
+from taskckpt._selection import Selection
 from taskckpt._stores import Location, Store, open_store, parse
 from taskckpt._telling import tell_loaded, tell_saved
-from taskckpt.errors import NotFoundError, SourceChangedError, StaleAttemptError, UsageError
+from taskckpt.errors import (
+    CorruptCheckpointError,
+    NotFoundError,
+    SourceChangedError,
+    StaleAttemptError,
+    StepExistsError,
+    UsageError,
+)
 
 logger = logging.getLogger("taskckpt")
 
@@ -50,6 +61,26 @@ class Restored(NamedTuple):
     path: Path
 
 
+class SaveRequest(NamedTuple):
+    """What is to be saved, beside the data.
+
+    Attributes:
+        positions: Where the iterations of the task are at this moment; None: there are none.
+        overwrite: Whether there may be a checkpoint of that step already.
+        pin: Whether it is pinned from the start.
+    """
+
+    notes: Notes = NO_NOTES
+    positions: Mapping[str, Any] | None = None
+    overwrite: bool = False
+    pin: bool = False
+
+
+class _Loaded(NamedTuple, Generic[T]):
+    positions: Stored | None
+    result: T
+
+
 class Attempt:
     """Threads may share it; a child process that gets it, by fork or pickled, goes on under the same claim.
 
@@ -58,10 +89,15 @@ class Attempt:
     Args:
         dest: The task's place.
         sources: Where to look if it has nothing yet.
+        policy: Which checkpoints stay; None: all.
+        fork: The checkpoint to begin with, or the place whose newest it is; unless an earlier attempt did already.
         claim_nonce: Names the claim; decided before any child process, so that those join it.
         inherited: Made in a process above this one.
         about: What records tell people about this attempt.
         on_hold: Called once, when this process has claimed or joined.
+
+    Attributes:
+        has_payload: Whether what was loaded or saved last is more than positions.
     """
 
     def __init__(
@@ -71,7 +107,8 @@ class Attempt:
         *,
         storage_options: dict[str, Any],
         timeout_s: float,
-        keep: int | None = 3,
+        policy: KeepPolicy | None = None,
+        fork: Location | None = None,
         read_only: bool = False,
         src_kind: SourceKind = "auto",
         claim_nonce: str | None = None,
@@ -84,12 +121,15 @@ class Attempt:
         self.read_only = read_only
         self._storage_options = storage_options
         self._timeout_s = timeout_s
-        self._keep = keep
+        self.policy = policy
+        self._fork = fork
         self._src_kind: SourceKind = src_kind
         self._claim_nonce = claim_nonce or new_nonce()
         self._about = dict(about or {})
         self._on_hold = on_hold
-        self._resumed_from: Kept | None = None
+        self._resumed_from: Commit | str | None = None
+        self._positions: dict[str, Any] | None = None  # None: not known yet
+        self.has_payload = False
         self._ended = False
         self._pid = os.getpid()
         self._home = 0 if inherited else self._pid
@@ -108,7 +148,9 @@ class Attempt:
 
     # --- load ----------------------------------------------------------------------------------
 
-    def restore(self, stop: Stop, report: Report | None, *, to: Target | None, replace: bool) -> Restored | None:
+    def restore(
+        self, which: Selection | None, stop: Stop, report: Report | None, *, to: Target | None, replace: bool
+    ) -> Restored | None:
         """The newest good checkpoint as files, in a fresh private folder or in ``to``. See ``Checkpoint``."""
         target = None if to is None else self._expect_harmless(to)
         if target is None and replace:
@@ -124,40 +166,84 @@ class Attempt:
                 folder = Path(target)
             return Restored(folder, folder if _payload.kind_of(found) == "folder" else folder / name)
 
-        return self._newest_good(restore, stop)
+        return self._newest_good(restore, which, stop)
 
-    def read(self, use: Use[T], stop: Stop, report: Report | None) -> T | None:
+    def read(self, which: Selection | None, use: Use[T], stop: Stop, report: Report | None) -> T | None:
         """What ``use`` makes of the newest good checkpoint; None if there is none."""
-        return self._newest_good(lambda origin, found: use(origin.store, found, stop, report), stop)
+        return self._newest_good(lambda origin, found: use(origin.store, found, stop, report), which, stop)
+
+    def find_positions(self, stop: Stop) -> dict[str, Any]:
+        """Where the iterations were when that was saved which this attempt resumed from or saved last.
+
+        If it has neither loaded nor saved, it resumes from the newest good checkpoint now, whose payload is read to
+        the end and not kept.
+        """
+        if self._positions is None:
+            self.read(None, lambda store, found, stop, _report: _payload.verify(store, found, stop), stop, None)
+        return dict(self._positions or {})
 
     def has_something(self) -> bool:
         """Whether a load would find something (or something damaged). Looks, and never takes the task over."""
         return self._chain(Stop()).has_something(self._origin(self.open_store()))
 
-    def _newest_good(self, use: Callable[[Origin, Loadable], T], stop: Stop) -> T | None:
+    def _newest_good(self, use: Callable[[Origin, Loadable], T], which: Selection | None, stop: Stop) -> T | None:
         began = time.monotonic()
         store = self.open_store()
+        self._find_fork(store)
         view = None
         if self._claims:
             with self._exclusively(stop):
                 view = self._own_log(store).view(stop)
                 self._tell_hold()
-        origin = self._origin(store)
         using = _Timed(use)
-        found = self._chain(stop).newest_good(origin, view, using)
+
+        def load(origin: Origin, found: Loadable) -> tuple[dict[str, Any], T | None]:
+            positions = _payload.read_positions(origin.store, found, stop)
+            return positions, using(origin, found) if _payload.kind_of(found) != "nothing" else None
+
+        found, without_payload = self._chain(stop).newest_good(self._origin(store), view, load, which)
+        newest = without_payload or found
+        self.has_payload = found is not None
+        self._positions = {} if newest is None else newest.result[0]
+        if newest is not None and self._claims:
+            self._resume_from(newest.origin, newest.what, store, stop)
         if found is None:
             logger.info("Nothing to resume from in %s.", self.dest.uri)
             return None
-        where, loaded, result = found
-        if where is origin and self._claims and isinstance(loaded, Commit):
-            with self._exclusively(stop):
-                self._resumed_from = self._own_log(store).resumed_from = Kept.of(loaded)
-        tell_loaded(where, loaded, find_s=time.monotonic() - began - using.seconds, restore_s=using.seconds)
-        return result
+        tell_loaded(found.origin, found.what, find_s=time.monotonic() - began - using.seconds, restore_s=using.seconds)
+        return found.result[1]
+
+    def _resume_from(self, origin: Origin, found: Loadable, store: Store, stop: Stop) -> None:
+        """What is saved next goes on from there."""
+        with self._exclusively(stop):
+            if not isinstance(found, Commit):
+                self._resumed_from = found.uri
+            elif origin.store is store:
+                self._resumed_from = found
+            else:
+                self._resumed_from = f"{origin.store.uri}/{slot_key(found.stamp.slot)}"
+            self._own_log(store).resumed(self._resumed_from)
+
+    def reader(self) -> LogReader:
+        """The log, to be looked at only."""
+        return LogReader(self.open_store()) if self._log is None else self._log.reader
+
+    @property
+    def protected(self) -> int | None:
+        """The original of what stays because this attempt resumed from it."""
+        return None if self._log is None else self._log.protected
+
+    def went_back(self, commit: Commit, positions: dict[str, Any]) -> None:
+        """The task was rolled back."""
+        self._resumed_from, self._positions, self.has_payload = commit, positions, commit.has_payload
+
+    @property
+    def positions(self) -> dict[str, Any]:
+        """Where the iterations were when that was saved which was loaded last."""
+        return dict(self._positions or {})
 
     def _origin(self, store: Store) -> Origin:
-        reader = None if self._log is None else self._log.reader
-        return Origin(self.dest, store, reader)
+        return Origin(self.dest, store, None if self._log is None else self._log.reader)
 
     def _chain(self, stop: Stop) -> Chain:
         def open_source(location: Location) -> Store:
@@ -167,43 +253,45 @@ class Attempt:
 
     # --- save ----------------------------------------------------------------------------------
 
-    def save(self, look: Callable[[], Source], stop: Stop, report: Report | None) -> None:
+    def save(self, look: Callable[[], Source], request: SaveRequest, stop: Stop, report: Report | None) -> Commit:
         """Saves what ``look`` finds; a source that changes while it is read is looked at again. See ``Checkpoint``.
 
         Not refused after the end of the task call: the caller has asked ``expect_writable``, perhaps a while ago.
         """
         began = time.monotonic()
         source = look()  # what cannot be saved is refused before anything is written
-        store = self.open_store()
-        with self._exclusively(stop):
-            log = self._own_log(store)
-            log.hold(stop)
-            self._tell_hold()
+        with self.holding(stop) as log:
+            if not request.overwrite and request.notes.step is not None:
+                self._expect_new_step(log, request.notes.step, stop)
             for remaining in reversed(range(SAVE_TRIES)):
                 try:
                     with self._saving():
-                        self._save_once(store, log, source, stop, report, began)
+                        return self._save_once(log, source, request, stop, report, began)
                 except SourceChangedError as error:
                     if not remaining:
                         raise
                     logger.info("Reading it again: %s", error)
                     source = look()
-                else:
-                    return
+        raise AssertionError("unreachable")  # the last try returns or raises
 
     def _save_once(
-        self, store: Store, log: TaskLog, source: Source, stop: Stop, report: Report | None, began: float
-    ) -> None:
+        self, log: TaskLog, source: Source, request: SaveRequest, stop: Stop, report: Report | None, began: float
+    ) -> Commit:
         ready = time.monotonic()
-        nonce = new_nonce()
+        store, nonce = self.open_store(), new_nonce()
+        key_for = partial(log.next_payload_key, nonce)
         try:
-            content, stored = _payload.upload(store, source, partial(log.next_payload_key, nonce), stop, report)
+            content, stored = _payload.upload(store, source, key_for, stop, report)
+            positions = self._store_positions(log, request.positions, key_for, stop)
         except NotFoundError:
             # A newer attempt removes what older ones have half uploaded: if that is why, say so.
             log.view(stop)
             raise
         uploaded = time.monotonic()
-        commit = log.commit(nonce, content, stored, stop)
+        commit = log.commit(nonce, Saved(content, stored, request.notes, positions, request.pin), stop)
+        self.has_payload = True
+        if request.positions is not None:
+            self._positions = dict(request.positions)
         tell_saved(
             commit,
             self.dest.uri,
@@ -211,6 +299,57 @@ class Attempt:
             upload_s=uploaded - ready,
             commit_s=time.monotonic() - uploaded,
         )
+        return commit
+
+    def save_positions(self, positions: Mapping[str, Any], stop: Stop) -> None:
+        """Commits these positions of iterations, with the last payload again, or with none."""
+        with self.holding(stop) as log, self._saving():
+            nonce = new_nonce()
+            stored = self._store_positions(log, positions, partial(log.next_payload_key, nonce), stop)
+            if stored is not None:
+                log.move_on(nonce, stored, stop)
+            self._positions = dict(positions)
+
+    def _store_positions(
+        self, log: TaskLog, positions: Mapping[str, Any] | None, key_for: Callable[[str], str], stop: Stop
+    ) -> Stored | None:
+        if positions is None:  # this attempt knows of none: what earlier ones left is carried on
+            return None if log.position is None else log.position.positions
+        if not positions:
+            return None
+        source = _payload.state_source(positions)
+        return _payload.upload(self.open_store(), source, lambda _: key_for(".positions"), stop)[1]
+
+    def _expect_new_step(self, log: TaskLog, step: int, stop: Stop) -> None:
+        """Raises StepExistsError if the lineage has an intact checkpoint of that step."""
+        position = log.position
+        if position is None or position.lineage.highest_step is None or step > position.lineage.highest_step:
+            return
+        store = self.open_store()
+        for commit in log.ancestors():
+            if commit.notes.step != step:
+                continue
+            try:
+                _payload.verify(store, commit, stop)
+            except (CorruptCheckpointError, NotFoundError) as error:
+                logger.warning("The checkpoint of step %d is damaged, and saved anew: %s", step, error)
+            else:
+                raise StepExistsError(
+                    f"There is a checkpoint of step {step} already, saved at {commit.stamp.time}.",
+                    uri=f"{store.uri}/{slot_key(commit.stamp.slot)}",
+                    hint="To save it once more: overwrite=True. To go on from an earlier one: load(step=...) first.",
+                )
+
+    @contextmanager
+    def holding(self, stop: Stop) -> Generator[TaskLog]:
+        """This process alone adds to the log inside; the attempt has taken the task over."""
+        store = self.open_store()
+        self._find_fork(store)
+        with self._exclusively(stop):
+            log = self._own_log(store)
+            log.hold(stop)
+            self._tell_hold()
+            yield log
 
     @contextmanager
     def _saving(self) -> Generator[None]:
@@ -234,6 +373,7 @@ class Attempt:
             log.hold(stop)
             self._tell_hold()
             log.clear(stop)
+            self._positions, self._resumed_from, self.has_payload = {}, None, False
         logger.info("Cleared %s.", self.dest.uri)
 
     # --- what is refused -----------------------------------------------------------------------
@@ -307,17 +447,38 @@ class Attempt:
                 self._store = open_store(self.dest, storage_options=self._storage_options, timeout_s=self._timeout_s)
             return self._store
 
+    def _find_fork(self, store: Store) -> None:
+        """Where this task begins, unless an earlier attempt has saved, or said where, already."""
+        if self._fork is None:
+            return
+        with self._lock:
+            before = catalogue.beginning(LogReader(store))
+            if before.head is None and not before.continues_from:
+                place, slot = place_of(self._fork)
+                if slot is None:
+                    self._fork = place.child(slot_key(self._newest_slot(place)))
+                self.sources = (self._fork,)
+            self._fork = None
+
+    def _newest_slot(self, place: Location) -> int:
+        """The slot of the newest checkpoint of another task."""
+        reader = LogReader(open_store(place, storage_options=self._storage_options, timeout_s=self._timeout_s))
+        commits = [one for one in catalogue.everything(reader).commits if one.has_payload]
+        if not commits:
+            raise NotFoundError("There is no checkpoint to fork from.", uri=place.uri)
+        return commits[0].stamp.slot
+
     def _own_log(self, store: Store) -> TaskLog:
         if self._log is None:
-            about = {"host": platform.node(), "pid": os.getpid()} | self._about
+            about = {"host": platform.node(), "pid": os.getpid(), "keep": text_of(self.policy)} | self._about
             self._log = TaskLog(
                 store,
                 claim_nonce=self._claim_nonce,
-                keep=self._keep,
+                policy=self.policy,
                 about={key: _plain(value) for key, value in about.items() if value is not None},
                 sources=tuple(source.record_uri for source in self.sources),
+                resumed_from=self._resumed_from,
             )
-            self._log.resumed_from = self._resumed_from
         return self._log
 
     def _notice_fork(self) -> None:

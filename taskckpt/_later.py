@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from taskckpt._aside import Aside, set_aside
-from taskckpt._attempt import Attempt
+from taskckpt._attempt import Attempt, SaveRequest
 from taskckpt._operation import Stop
 from taskckpt._payload import Data
 from taskckpt._pending import PendingSave, Policy, Save, raise_failures, untold
@@ -79,7 +79,9 @@ class Later:
 
     # --- for callers ---------------------------------------------------------------------------
 
-    def save(self, data: Data | Mapping[str, Any], policy: Policy, progress: Progress | None) -> PendingSave:
+    def save(
+        self, data: Data | Mapping[str, Any], request: SaveRequest, policy: Policy, progress: Progress | None
+    ) -> PendingSave:
         """See ``Checkpoint.save_later``."""
         self._notice_fork()
         self._attempt.expect_writable("save")
@@ -95,7 +97,7 @@ class Later:
                 pending.wait_for_turn()
             with self._door:
                 if not self._in_the_way(policy):
-                    begun_now = self._begin(data, policy, progress)
+                    begun_now = self._begin(data, request, policy, progress)
                     break
         self.see_to_it()
         return PendingSave(begun_now)
@@ -107,9 +109,11 @@ class Later:
         waiting = [pending for pending in self._queue.copy() if pending.is_waiting]
         return [pending for pending in waiting if policy == "queue" or not pending.may_be_superseded]
 
-    def _begin(self, data: Data | Mapping[str, Any], policy: Policy, progress: Progress | None) -> Save:
+    def _begin(
+        self, data: Data | Mapping[str, Any], request: SaveRequest, policy: Policy, progress: Progress | None
+    ) -> Save:
         context = copy_context()  # for filters of the log, and the progress function
-        pending = Save(self, policy, lambda aside: context.run(self._save, progress, aside))
+        pending = Save(self, policy, lambda aside: context.run(self._save, request, progress, aside))
         try:
             pending.keep(set_aside(data, self._host_buffers, partial(self._supersede, pending)))
             self._attempt.expect_writable("save")  # the task may have ended while it was copied
@@ -221,10 +225,10 @@ class Later:
                     pending.run()
                 self._in_flight = None
 
-    def _save(self, progress: Progress | None, aside: Aside) -> None:
+    def _save(self, request: SaveRequest, progress: Progress | None, aside: Aside) -> None:
         try:
             with reporting(progress, "save") as report:
-                self._attempt.save(aside.look, Stop(), report)
+                self._attempt.save(aside.look, request, Stop(), report)
         except BaseException as error:
             logger.warning("A save to %s in the background failed: %s: %s", self.uri, type(error).__name__, error)
             if isinstance(error, StaleAttemptError):

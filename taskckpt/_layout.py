@@ -1,6 +1,7 @@
 """Names in a store: where a task's records and payloads lie. Pure; ``docs/format.md`` is the contract.
 
-``<base>/<run>/<task>/log/<reverse>-<slot>.jsonl`` and ``<base>/<run>/<task>/data/<claim>/<payload>``.
+``<base>/<run>/<task>/log/<reverse>-<slot>.jsonl``, ``<base>/<run>/<task>/data/<claim>/<payload>``, and pages of
+``<base>/<run>/<task>/index/``, which save long histories from being read record by record.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 LOG = "log"
 DATA = "data"
+INDEX = "index"
 
 # Twelve digits hold more slots than a task can fill (30,000 years at one save a second).
 SLOT_DIGITS = 12
@@ -21,6 +23,7 @@ KEYED_RUN = "by-key"
 LOCAL_RUN = "local"
 
 _SLOT_NAME = re.compile(rf"([0-9]{{{SLOT_DIGITS}}})-([0-9]{{{SLOT_DIGITS}}})(?:-([0-9a-f]{{16}}))?\.jsonl")
+_PAGE_NAME = re.compile(rf"([0-9]{{{SLOT_DIGITS}}})-([0-9]{{{SLOT_DIGITS}}})-[0-9a-f]{{16}}\.jsonl")
 _CLAIM_FOLDER = re.compile(rf"([0-9]{{{SLOT_DIGITS}}})-([0-9a-f]{{16}})")
 
 # Upper case is left out on purpose: disks that ignore case would put "Train" and "train" in one folder.
@@ -57,6 +60,24 @@ def parse_slot_name(name: str) -> SlotName | None:
     if match is None or int(match[1]) + int(match[2]) != HIGHEST_SLOT or int(match[2]) == 0:
         return None
     return SlotName(int(match[2]), match[3])
+
+
+def page_key(first: int, last: int, nonce: str) -> str:
+    """The key of a page of the index, which says what the commits of these slots say."""
+    return f"{INDEX}/{first:0{SLOT_DIGITS}d}-{last:0{SLOT_DIGITS}d}-{nonce}.jsonl"
+
+
+def parse_page_name(name: str) -> tuple[int, int] | None:
+    """The first and last slot that a page in ``index/`` is about, or None for a name that is no page's."""
+    match = _PAGE_NAME.fullmatch(name)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def slot_of_record(key: str) -> int | None:
+    """The slot of the record that a key or URI ends in, or None if it is no record's."""
+    folder, _, name = key.rpartition("/")
+    found = parse_slot_name(name) if folder.rpartition("/")[2] == LOG else None
+    return None if found is None else found.slot
 
 
 def payload_key(claim_slot: int, claim_nonce: str, number: int, save_nonce: str, suffix: str = "") -> str:

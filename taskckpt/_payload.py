@@ -285,7 +285,11 @@ def stored_chunks(
         NotFoundError: The payload is gone.
         CorruptCheckpointError: It is not what was saved.
     """
-    stored = commit.stored
+    return chunks_of(store, commit.stored, stop, report)
+
+
+def chunks_of(store: Store, stored: Stored, stop: Stop, report: Report | None = None) -> Generator[bytes | memoryview]:
+    """``stored_chunks`` of a payload, or of positions."""
     if stored.inline is not None:
         yield stored.inline  # its digest was checked with the record
         if report is not None:
@@ -415,6 +419,34 @@ def read_state(store: Store, found: Commit | ForeignObject, stop: Stop, report: 
                 uri=where,
                 hint="Load it with the versions of taskckpt and of NumPy, PyTorch or JAX that it was saved with.",
             ) from error
+
+
+def verify(store: Store, found: Commit | ForeignObject, stop: Stop) -> None:
+    """Reads a checkpoint to its end, to see that it is what was saved.
+
+    Raises:
+        NotFoundError: The payload is gone.
+        CorruptCheckpointError: It is not what was saved.
+    """
+    chunks = (
+        _foreign.chunks_of(store, found, stop)
+        if isinstance(found, ForeignObject)
+        else stored_chunks(store, found, stop)
+    )
+    with closing(chunks):
+        for _ in chunks:
+            pass
+
+
+def read_positions(store: Store, found: Commit | ForeignObject, stop: Stop) -> dict[str, Any]:
+    """Where iterations were when a checkpoint was saved. Raises as ``verify``; UnsupportedFormatError."""
+    if isinstance(found, ForeignObject) or found.positions is None:
+        return {}
+    from taskckpt import _states
+
+    positions = found.positions
+    with closing(chunks_of(store, positions, stop)) as chunks:
+        return _states.decode(chunks, f"{store.uri}/{positions.key}", size_bytes=positions.digest.size_bytes)
 
 
 def kind_of(found: Commit | ForeignObject) -> Kind:

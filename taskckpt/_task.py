@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from tenacity import RetryCallState
 
     from taskckpt._arguments import Target
+    from taskckpt._keep import KeepPolicy
     from taskckpt._later import Later
+    from taskckpt._when import SavePolicy
 
 logger = logging.getLogger("taskckpt")
 
@@ -53,7 +55,8 @@ def task(
     key: Key | None = None,
     run: str | None = None,
     base: Target | None = None,
-    keep: int | None = 3,
+    keep: int | KeepPolicy | None = 3,
+    save_policy: SavePolicy | int | str | None = None,
     storage_options: Mapping[str, Any] | None = None,
     timeout_s: float = 300,
     wait_initial_s: float = 0.5,
@@ -74,7 +77,7 @@ def task(function: Callable[..., Any] | None = None, /, **options: Any) -> Any: 
         key: Names the task instead: a str, or a function of the call's arguments. It spans runs.
         run: The run (default: ``TASKCKPT_RUN``, the engine's, or ``local``).
         base: Where tasks lie (default: ``TASKCKPT_BASE``, the engine's, or ``./.taskckpt``).
-        keep, storage_options, timeout_s: As for ``Checkpoint``.
+        keep, save_policy, storage_options, timeout_s: As for ``Checkpoint``.
         wait_initial_s, wait_max_s: Back-off between attempts: exponential with jitter.
         clear_on_success: Clear the checkpoints when the function returns. By default only where nobody
             named run or key: an engine may deliver a finished task once more.
@@ -103,7 +106,8 @@ class _Spec:
     key: Key | None = None
     run: str | None = None
     base: Target | None = None
-    keep: int | None = 3
+    keep: int | KeepPolicy | None = 3
+    save_policy: SavePolicy | int | str | None = None
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
     timeout_s: float = 300
     wait_initial_s: float = 0.5
@@ -215,6 +219,7 @@ class _Call:
                 "base": base_origin,
             },
             keep=spec.keep,
+            save_policy=spec.save_policy,
             storage_options=dict(spec.storage_options or (base_of.storage_options if base_of else {})),
             timeout_s=spec.timeout_s,
             parent=self._parent,

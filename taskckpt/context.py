@@ -22,14 +22,16 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from taskckpt import engines
+from taskckpt._keep import KeepPolicy, LatestN, parse_policy
 from taskckpt._layout import LOCAL_RUN, keyed_prefix, task_prefix
-from taskckpt._log.writer import new_nonce
+from taskckpt._log.slots import new_nonce
 from taskckpt._stores import Location, is_unset, parse
 from taskckpt.errors import AmbiguousIdentityError, NoTaskContextError, UsageError
 
 if TYPE_CHECKING:
     from taskckpt._arguments import Target
     from taskckpt._checkpoint import Checkpoint
+    from taskckpt._when import SavePolicy
 
 logger = logging.getLogger("taskckpt")
 
@@ -75,7 +77,8 @@ class TaskContext:
     base: str
     key: str | None = None
     origins: Mapping[str, str] = field(default_factory=dict)
-    keep: int | None = 3
+    keep: int | KeepPolicy | None = 3
+    save_policy: SavePolicy | int | str | None = None
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     timeout_s: float = 300
     parent: TaskContext | None = field(default=None, repr=False)
@@ -107,6 +110,7 @@ class TaskContext:
         return Checkpoint._for_context(  # noqa: SLF001 - the two rooms share one door
             self.place,
             keep=self.keep,
+            save_policy=self.save_policy,
             storage_options=dict(self.storage_options),
             timeout_s=self.timeout_s,
             claim_nonce=self._nonce,
@@ -266,7 +270,7 @@ def _keyed(key: str) -> TaskContext:
 
 
 def _made(
-    *, task: str, key: str | None, attempt: int | None, origins: dict[str, str], keep: int | None = 3
+    *, task: str, key: str | None, attempt: int | None, origins: dict[str, str], keep: int | KeepPolicy | None = 3
 ) -> TaskContext:
     """A context outside of any ``@task``: run and base are those of the process."""
     (run, run_origin), (base, base_origin) = run_and_origin(), base_and_origin()
@@ -406,13 +410,13 @@ def _attempt_from(environ: Mapping[str, str]) -> int:
     return int(text)
 
 
-def _keep_from(environ: Mapping[str, str]) -> int | None:
+def _keep_from(environ: Mapping[str, str]) -> int | KeepPolicy | None:
     text = environ.get(KEEP, "3")
-    if text == "all":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"{KEEP}={text!r} must be a whole number from 1 on, or 'all'.")
-    return int(text)
+    try:
+        policy = parse_policy(text)
+        return policy.n if isinstance(policy, LatestN) else policy
+    except UsageError as error:
+        raise UsageError(f"{KEEP}={text!r}: {error.message}", hint=error.hint) from error
 
 
 @contextmanager

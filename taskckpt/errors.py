@@ -1,7 +1,7 @@
 """Every error and warning of taskckpt, grouped by what a handler would do about it.
 
     TaskckptError
-    ├── CorruptCheckpointError        something was saved, and no copy of it is intact
+    ├── CorruptCheckpointError        (ValueError) something was saved, and no copy of it is intact
     │   └── UnsafeArchiveError        an archive that would write, link or grow beyond what it may
     ├── UnsupportedFormatError        intact, but this version of taskckpt or of a library cannot read it: upgrade
     ├── StaleAttemptError             a newer attempt holds the task: stop this one
@@ -12,11 +12,14 @@
     │   └── CommitUnknownError        the store never said whether the save counts
     ├── DeniedError                   (PermissionError) credentials or permissions are missing
     ├── NotFoundError                 (FileNotFoundError) a bucket, base or task that is not there
+    │   └── StepNotFoundError         (ValueError) no checkpoint of that step, metadata or metric
     ├── AlreadyExistsError            (FileExistsError) the target is taken
+    │   └── StepExistsError           (ValueError) a checkpoint of that step is there already
     └── UsageError                    (ValueError) the call itself is wrong
         ├── UsageTypeError            (TypeError) an argument of a type that is not taken
         ├── NoTaskContextError        nobody said which task this is
         ├── AmbiguousIdentityError    several tasks would share one identity
+        ├── IdentityMismatchError     the state belongs to another iteration, source or configuration
         └── MissingDependencyError    (ImportError) an optional package is not installed
 
     TaskckptWarning                   (UserWarning) something works, but not as you may think
@@ -67,7 +70,7 @@ def _rebuild(
     return error
 
 
-class CorruptCheckpointError(TaskckptError):
+class CorruptCheckpointError(TaskckptError, ValueError):
     """Something was saved, and no copy of it is intact. Never read as "no checkpoint"."""
 
     code = "corrupt"
@@ -133,10 +136,22 @@ class NotFoundError(TaskckptError, FileNotFoundError):
     code = "not-found"
 
 
+class StepNotFoundError(NotFoundError, ValueError):
+    """No checkpoint is there of that step, or with that metadata or metric; the hint lists the steps there are."""
+
+    code = "step-not-found"
+
+
 class AlreadyExistsError(TaskckptError, FileExistsError):
     """The target is taken: an object that must not be overwritten, or a folder that is not empty."""
 
     code = "already-exists"
+
+
+class StepExistsError(AlreadyExistsError, ValueError):
+    """An intact checkpoint of that step is there already, and ``overwrite`` was not asked for."""
+
+    code = "step-exists"
 
 
 class UsageError(TaskckptError, ValueError):
@@ -161,6 +176,12 @@ class AmbiguousIdentityError(UsageError):
     """Several tasks would share one identity; pass ``key=``."""
 
     code = "ambiguous-identity"
+
+
+class IdentityMismatchError(UsageError):
+    """A saved state belongs to another iteration: of another source, shuffle, number of workers or fingerprint."""
+
+    code = "identity-mismatch"
 
 
 class MissingDependencyError(UsageError, ImportError):

@@ -22,7 +22,7 @@ from taskckpt._archive import tar as _tar
 from taskckpt._layout import keyed_prefix, task_prefix
 from taskckpt._log import records as _records
 from taskckpt._log import retention as _retention
-from taskckpt._log import writer as _log
+from taskckpt._log import slots as _log
 from taskckpt.errors import CorruptCheckpointError, UnsupportedFormatError
 from tests import format_reader
 from tests.format_reader import CorruptError, Found, UnsupportedError

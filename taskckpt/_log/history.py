@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import bisect
+import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from taskckpt._layout import LOG, SlotName, parse_slot_name, slot_key
 from taskckpt._log import records as _records
 from taskckpt._log.records import Claim, ClaimId, Clear, Commit, Join, Record
+from taskckpt._operation import ordered_map
 from taskckpt._stores import Store
 from taskckpt.errors import CorruptCheckpointError, NotFoundError
 
 # Records never change, so what was read once need not be read again. A few are enough: the claim,
 # the head, and the commits that a first save looks at.
 CACHED_RECORDS = 16
+# So many records are read one after the other: threads would cost more than they save.
+FEW_RECORDS = 4
+READ_THREADS = 16
 
 
 class LogMoved(Exception):  # noqa: N818 - a signal between two rooms, never an error to users
@@ -71,7 +76,7 @@ class Survey:
         newest: The newest record that can be read, if any; the task belongs to its claim.
         head: The newest commit or clear, if any can be read.
         unreadable: Slots above ``head`` whose records could not be read, newest first.
-        continues_from: Where the newest claim that was met says that the task comes from.
+        continues_from: Where the payload comes from, if not from the head: as that or the newest claim says.
     """
 
     view: View
@@ -91,6 +96,7 @@ class LogReader:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._cache: OrderedDict[SlotName, Record] = OrderedDict()
+        self._cache_lock = threading.Lock()
         self._torn: set[SlotName] = set()
 
     def look(self, *, first_page: bool = True) -> View:
@@ -107,10 +113,11 @@ class LogReader:
         return View(names, tuple(sorted(names)), listing.complete)
 
     def remember(self, name: SlotName, record: Record) -> None:
-        self._cache[name] = record
-        self._cache.move_to_end(name)
-        while len(self._cache) > CACHED_RECORDS:
-            self._cache.popitem(last=False)
+        with self._cache_lock:
+            self._cache[name] = record
+            self._cache.move_to_end(name)
+            while len(self._cache) > CACHED_RECORDS:
+                self._cache.popitem(last=False)
 
     def read(self, name: SlotName) -> Record:
         """One record.
@@ -152,6 +159,13 @@ class LogReader:
                 found.append(Damaged(slot, missing))
         return found
 
+    def read_slots(self, view: View, slots: Iterable[int]) -> Iterable[list[Found]]:
+        """``read_slot`` of many slots, in parallel."""
+        slots = list(slots)
+        if len(slots) <= FEW_RECORDS:
+            return [self.read_slot(view, slot) for slot in slots]
+        return ordered_map(lambda slot: self.read_slot(view, slot), slots, threads=READ_THREADS)
+
     def expect_top(self, view: View) -> None:
         """Raises LogMoved unless the log still ends where the view does.
 
@@ -164,7 +178,8 @@ class LogReader:
     def walk(self, view: View, *, confirm: bool = False) -> Iterator[Found]:
         """What a load meets, newest first: it jumps from claims to their head, and ends at a clear.
 
-        Of the commits, only those that the newest one retains are followed: others may be half deleted.
+        Of the commits, only those that the newest one retains are followed: others may be half deleted. And of
+        those only its ancestors: nobody wants what was rolled back.
         With ``confirm``, a claim or join at the top is believed only after a second listing. (A writer lists
         again anyway, and commits are never pruned from slots that a late commit could fill.)
         """
@@ -183,7 +198,7 @@ class LogReader:
                     self.expect_top(view)
                 if isinstance(found, Commit):
                     newest = newest or found
-                    if not _retains(newest, found.stamp.slot):
+                    if not _is_living_ancestor(newest, found.stamp.slot):
                         continue
                 yield found
                 if isinstance(found, Clear):
@@ -199,7 +214,7 @@ class LogReader:
             case Commit():
                 newest = newest or found
                 older = (found.previous, *newest.kept)
-                return {s for s in older if s is not None and s < found.stamp.slot and _retains(newest, s)}
+                return {s for s in older if s is not None and s < found.stamp.slot and _is_living_ancestor(newest, s)}
             case Damaged():
                 lower = view.below(found.slot)
                 if lower is None and not view.complete:
@@ -219,7 +234,8 @@ class LogReader:
                 continue
             newest = newest or found
             if isinstance(found, (Commit, Clear)):
-                return Survey(view, newest, found, tuple(unreadable))
+                continues_from = found.continues_from if isinstance(found, Commit) else ()
+                return Survey(view, newest, found, tuple(unreadable), continues_from)
             if isinstance(found, Claim):
                 continues_from = continues_from or found.continues_from
         return Survey(view, newest, None, tuple(unreadable), continues_from)
@@ -235,5 +251,5 @@ class LogReader:
         return ()
 
 
-def _retains(newest: Commit, slot: int) -> bool:
-    return slot >= newest.floor or slot in newest.kept
+def _is_living_ancestor(newest: Commit, slot: int) -> bool:
+    return newest.retains(slot) and newest.lineage.has(slot)

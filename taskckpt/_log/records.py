@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,10 @@ FORMAT = 1
 # Bytes and states up to this size lie in the commit record: one request saves them, and a person can read them.
 INLINE_LIMIT_BYTES = 64 * 1024
 
-Kind = Literal["bytes", "file", "folder", "state"]
+# A commit of "nothing" has no payload: only positions were saved so far.
+Kind = Literal["bytes", "file", "folder", "state", "nothing"]
+# What metadata may hold: whatever JSON can say.
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 _MODE = re.compile("[0-7]{1,4}")
 _MTIME = re.compile("-?[0-9]{1,19}")
@@ -58,7 +62,7 @@ class Digest:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The stored bytes of a checkpoint: in the record itself (``inline``) or in the object ``key``."""
+    """Stored bytes: in the record itself (``inline``; pages of the index leave that out), or in the object ``key``."""
 
     digest: Digest
     key: str | None = None
@@ -75,6 +79,53 @@ class Content:
     mode: int | None = None
     mtime_ns: int | None = None
     entries: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """What the user said about a checkpoint."""
+
+    step: int | None = None
+    metadata: Mapping[str, Json] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+NO_NOTES = Notes()
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """Which commits a commit goes on from: all those before it, but for the ``left_behind``.
+
+    Attributes:
+        left_behind: Ranges of slots, first and last, ascending: what was rolled back, or fallen back from.
+        highest_step: The highest step in the lineage, this commit's included; None without steps.
+    """
+
+    left_behind: tuple[tuple[int, int], ...] = ()
+    highest_step: int | None = None
+
+    def has(self, slot: int) -> bool:
+        """Whether a commit in an earlier slot is an ancestor."""
+        return not any(first <= slot <= last for first, last in self.left_behind)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The commit that another one repeats, and what that said of its making."""
+
+    slot: int
+    time: str
+    about: Mapping[str, Any] = field(default_factory=dict)
+    resumed_from: int | str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogued:
+    """How much of the retained history lies in pages: all ``through`` a slot; ``more`` commits after it do not."""
+
+    through: int = 0
+    more: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,16 +164,62 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """A checkpoint exists. Retained after it: commits from slot ``floor`` on, and those in ``kept``."""
+    """A checkpoint exists. Retained after it: commits from slot ``floor`` on, and those in ``kept``.
+
+    Attributes:
+        previous: The commit that it goes on from.
+        resumed_from: What its attempt resumed from: a slot of this log, or the URI of a checkpoint elsewhere.
+        count: How many commits its claim has made since it resumed.
+        pinned: Slots of commits that stay until they are unpinned.
+        repeats: The commit whose payload this is, if it is not one of its own.
+        positions: A state: where the iterations of the task were.
+        continues_from: Of a commit of nothing: where the payload comes from, as in a claim.
+    """
 
     stamp: Stamp
     content: Content
     stored: Stored
     previous: int | None
-    resumed_from: int | None
+    resumed_from: int | str | None
     count: int
     floor: int
     kept: tuple[int, ...] = ()
+    notes: Notes = NO_NOTES
+    lineage: Lineage = Lineage()
+    pinned: tuple[int, ...] = ()
+    repeats: Origin | None = None
+    positions: Stored | None = None
+    catalogued: Catalogued = Catalogued()
+    continues_from: tuple[str, ...] = ()
+
+    @property
+    def original(self) -> int:
+        """The slot of the commit that first had this payload."""
+        return self.stamp.slot if self.repeats is None else self.repeats.slot
+
+    @property
+    def objects(self) -> tuple[Stored, ...]:
+        """The payload, and the positions if there are any."""
+        return (self.stored,) if self.positions is None else (self.stored, self.positions)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of what lies in objects of its own."""
+        return tuple(one.key for one in self.objects if one.key is not None)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing was left out of it, as a page of the index does."""
+        return all(one.key is not None or one.inline is not None for one in self.objects)
+
+    @property
+    def has_payload(self) -> bool:
+        """Whether something was saved, and not only positions."""
+        return self.content.kind != "nothing"
+
+    def retains(self, slot: int) -> bool:
+        """Whether an earlier commit is still there after this one."""
+        return slot >= self.floor or slot in self.kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,14 +262,7 @@ def encode(record: Record) -> bytes:
         case Join():
             body |= {"head": record.head, "unreadable": list(record.unreadable)}
         case Commit():
-            body |= {
-                "checkpoint": _checkpoint_to_json(record.content, record.stored),
-                "previous": record.previous,
-                "resumed_from": record.resumed_from,
-                "count": record.count,
-                "floor": record.floor,
-                "kept": list(record.kept),
-            }
+            body |= _commit_to_json(record)
         case Clear():
             pass
     first = _to_json(body).encode() + b"\n"
@@ -184,13 +274,51 @@ def _claim_to_json(claim: ClaimId) -> dict[str, Any]:
     return {"slot": claim.slot, "nonce": claim.nonce, "fenced": list(claim.fenced)}
 
 
-def _checkpoint_to_json(content: Content, stored: Stored) -> dict[str, Any]:
-    where = {"key": stored.key} if stored.inline is None else {"inline": _bytes_to_json(stored.inline)}
+def _commit_to_json(commit: Commit) -> dict[str, Any]:
+    """The fields of a commit. What says nothing is left out, but for those that were there from the beginning."""
+    history: dict[str, Any] = {
+        "left_behind": [list(span) for span in commit.lineage.left_behind],
+        "highest_step": commit.lineage.highest_step,
+        "pinned": list(commit.pinned),
+        "repeats": None if commit.repeats is None else _origin_to_json(commit.repeats),
+        "continues_from": list(commit.continues_from),
+    }
+    if commit.catalogued != Catalogued():
+        history["catalogued"] = {"through": commit.catalogued.through, "more": commit.catalogued.more}
+    return {
+        "checkpoint": _checkpoint_to_json(commit),
+        "previous": commit.previous,
+        "resumed_from": commit.resumed_from,
+        "count": commit.count,
+        "floor": commit.floor,
+        "kept": list(commit.kept),
+    } | {name: value for name, value in history.items() if value not in (None, [])}
+
+
+def _origin_to_json(origin: Origin) -> dict[str, Any]:
+    return {
+        "slot": origin.slot,
+        "time": origin.time,
+        "about": dict(origin.about),
+        "resumed_from": origin.resumed_from,
+    }
+
+
+def _checkpoint_to_json(commit: Commit) -> dict[str, Any]:
+    content, notes = commit.content, commit.notes
     result: dict[str, Any] = {
         "kind": content.kind,
         "content": _digest_to_json(content.digest),
-        "stored": where | _digest_to_json(stored.digest),
+        "stored": _stored_to_json(commit.stored),
     }
+    if notes.step is not None:
+        result["step"] = notes.step
+    if notes.metadata:
+        result["metadata"] = dict(notes.metadata)
+    if notes.metrics:
+        result["metrics"] = {name: _metric_to_json(value) for name, value in notes.metrics.items()}
+    if commit.positions is not None:
+        result["positions"] = _stored_to_json(commit.positions)
     if content.name is not None:
         # Names are whatever the disk had, so they may not be valid Unicode.
         result["name"] = _bytes_to_json(content.name.encode("utf-8", "surrogateescape"))
@@ -201,6 +329,21 @@ def _checkpoint_to_json(content: Content, stored: Stored) -> dict[str, Any]:
     if content.entries is not None:
         result["entries"] = content.entries
     return result
+
+
+def _stored_to_json(stored: Stored) -> dict[str, Any]:
+    where: dict[str, Any] = {}
+    if stored.inline is not None:
+        where["inline"] = _bytes_to_json(stored.inline)
+    elif stored.key is not None:
+        where["key"] = stored.key
+    else:
+        where["left_out"] = True
+    return where | _digest_to_json(stored.digest)
+
+
+def _metric_to_json(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)  # JSON knows neither nan nor inf
 
 
 def _digest_to_json(digest: Digest) -> dict[str, Any]:
@@ -221,14 +364,15 @@ def _bytes_to_json(data: bytes) -> dict[str, str]:
 # --- reading -----------------------------------------------------------------------------------
 
 
-def decode(data: bytes, *, slot: int, uri: str) -> Record:
-    """The record that lies in ``slot``.
+def decode(data: bytes, *, slot: int | None, uri: str) -> Record:
+    """The record that lies in ``slot``, or in any if that is None.
 
     Raises:
         CorruptCheckpointError: The bytes are not the record of that slot, whole and undamaged.
         UnsupportedFormatError: It is undamaged, but of a newer format version or an unknown kind.
     """
     body = _checked_body(data, uri)
+    slot = body.get("slot") if slot is None else slot
     version = body.get("format")
     if type(version) is not int or version != FORMAT:  # True == 1
         raise UnsupportedFormatError(
@@ -287,21 +431,57 @@ def _from_body(body: _Reader) -> Record:
             head = body.optional("head", _Reader.integer)
             return Join(stamp, head=head, unreadable=body.integers("unreadable"))
         case "commit":
-            checkpoint = body.object("checkpoint")
-            return Commit(
-                stamp,
-                content=_content_from(checkpoint),
-                stored=_stored_from(checkpoint.object("stored")),
-                previous=body.optional("previous", _Reader.integer),
-                resumed_from=body.optional("resumed_from", _Reader.integer),
-                count=body.integer("count"),
-                floor=body.integer("floor"),
-                kept=body.integers("kept"),
-            )
+            return _commit_from(stamp, body)
         case "clear":
             return Clear(stamp)
         case kind:
             raise _Newer(f"of the unknown kind {kind!r}")
+
+
+def _commit_from(stamp: Stamp, body: _Reader) -> Commit:
+    checkpoint = body.object("checkpoint")
+    positions = checkpoint.optional("positions", _Reader.object)
+    repeats = body.optional("repeats", _Reader.object)
+    return Commit(
+        stamp,
+        content=_content_from(checkpoint),
+        stored=_stored_from(checkpoint.object("stored")),
+        previous=body.optional("previous", _Reader.integer),
+        resumed_from=body.optional("resumed_from", _Reader.slot_or_uri),
+        count=body.integer("count"),
+        floor=body.integer("floor"),
+        kept=body.integers("kept"),
+        notes=_notes_from(checkpoint),
+        lineage=Lineage(body.spans("left_behind"), body.optional("highest_step", _Reader.integer)),
+        pinned=body.optional("pinned", _Reader.integers) or (),
+        repeats=None if repeats is None else _origin_from(repeats),
+        positions=None if positions is None else _stored_from(positions),
+        catalogued=_catalogued_from(body.optional("catalogued", _Reader.object)),
+        continues_from=body.optional("continues_from", _Reader.strings) or (),
+    )
+
+
+def _notes_from(checkpoint: _Reader) -> Notes:
+    metadata = checkpoint.optional("metadata", _Reader.object)
+    metrics = checkpoint.optional("metrics", _Reader.object)
+    return Notes(
+        checkpoint.optional("step", _Reader.integer),
+        {} if metadata is None else metadata.values,
+        {} if metrics is None else {name: metrics.metric(name) for name in metrics.values},
+    )
+
+
+def _origin_from(body: _Reader) -> Origin:
+    return Origin(
+        body.integer("slot"),
+        body.string("time"),
+        body.object("about").values,
+        body.optional("resumed_from", _Reader.slot_or_uri),
+    )
+
+
+def _catalogued_from(body: _Reader | None) -> Catalogued:
+    return Catalogued() if body is None else Catalogued(body.integer("through"), body.integer("more"))
 
 
 def _claim_from(body: _Reader) -> ClaimId:
@@ -329,7 +509,8 @@ def _stored_from(body: _Reader) -> Stored:
     inline = body.optional("inline", _Reader.data)
     key = body.optional("key", _Reader.string)
     digest = _digest_from(body)
-    if (inline is None) == (key is None):
+    left_out = body.values.get("left_out") is True
+    if (inline is not None) + (key is not None) + left_out != 1:
         raise _Malformed("a checkpoint has either a key or inline content")
     if key is not None and (not _KEY.fullmatch(key) or ".." in key.split("/")):
         raise _Malformed(f"{key!r} is no key of a payload")
@@ -404,6 +585,25 @@ class _Reader:
             return base64.b64decode(body.string("base64"), validate=True)
         except ValueError as error:
             raise _Malformed(f"field {name!r} is neither text nor base64") from error
+
+    def slot_or_uri(self, name: str) -> int | str:
+        return self.string(name) if isinstance(self.values.get(name), str) else self.integer(name)
+
+    def spans(self, name: str) -> tuple[tuple[int, int], ...]:
+        """Pairs of numbers; none if the field is not there."""
+        pairs = [] if self.values.get(name) is None else self._typed(name, list)
+        found = [_Reader({"span": pair}).integers("span") for pair in pairs]
+        if not all(len(pair) == 2 for pair in found):
+            raise _Malformed(f"field {name!r} is no list of pairs")
+        return tuple((first, last) for first, last in found)
+
+    def metric(self, name: str) -> float:
+        value = self.values[name]
+        if value in ("nan", "inf", "-inf"):
+            return float(value)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise _Malformed(f"metric {name!r} is no number")
+        return float(value)
 
     def optional(self, name: str, get: Callable[[_Reader, str], ValueT]) -> ValueT | None:
         return None if self.values.get(name) is None else get(self, name)

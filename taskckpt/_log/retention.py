@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 
+from taskckpt._keep import KeepPolicy, decide
 from taskckpt._layout import claim_of_payload
-from taskckpt._log.records import Commit
+from taskckpt._log.records import Commit, Lineage
 
 # Records this close to the top of the log are never deleted, nor are claims and joins: no writer may
 # ever find the slot after its own last one empty unless that is the end of the log.
@@ -14,79 +15,128 @@ GUARDED_SLOTS = 64
 RECORD_BATCH = 32
 
 
+# Of a commit that goes on from all that were before it.
+UNBROKEN = Lineage()
+
+
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A commit that is still there: its slot, and its payload's key if it has one."""
+    """A commit that is still there, as far as it matters for what stays.
+
+    Attributes:
+        keys: Its payload and its positions, as far as they lie in objects.
+        original: The slot of the commit that first had this payload.
+    """
 
     slot: int
-    key: str | None
+    keys: tuple[str, ...]
+    original: int
+    step: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, commit: Commit) -> Kept:
-        return cls(commit.stamp.slot, commit.stored.key)
+        return cls(commit.stamp.slot, commit.keys, commit.original, commit.notes.step, commit.notes.metrics)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a new commit says about those before it."""
 
-    previous: int | None
     floor: int
     kept: tuple[int, ...]
 
 
 class Retention:
-    """The commits that one writer knows of, newest first, and how many of them to keep.
+    """The commits that one writer knows of, newest first, and which of them stay.
 
     Args:
-        keep: The newest so many commits stay; None keeps all.
-        inherited: The retained commits found at the claim or join, newest first.
-        floor: The floor of the newest of them.
-        pinned: Commits below that floor that it kept.
+        policy: What stays; None: everything.
+        head: The newest commit that was found at the claim or join.
+        older: The other commits that it retains, newest first. Not needed where everything stays.
+        unknown: Those that it retains and that cannot be read: they stay.
     """
 
     def __init__(
-        self, keep: int | None, inherited: Iterable[Kept] = (), floor: int = 0, pinned: Iterable[Kept] = ()
+        self,
+        policy: KeepPolicy | None,
+        head: Commit | None = None,
+        older: Iterable[Kept] = (),
+        unknown: Iterable[int] = (),
     ) -> None:
-        self._keep = keep
-        self._chain = list(inherited)
-        self._floor = floor
-        self._pinned = {commit.slot: commit for commit in pinned}
+        self._policy = policy
+        self._known = [] if head is None else [Kept.of(head), *older]
+        self._unknown = tuple(unknown)
+        self._floor, self._below = (0, ()) if head is None else (head.floor, head.kept)
+        self.pinned: tuple[int, ...] = () if head is None else head.pinned
 
     @property
     def newest(self) -> int | None:
-        return self._chain[0].slot if self._chain else None
+        """The slot of the newest commit, if there is one."""
+        return self._known[0].slot if self._known else None
 
     def keys(self) -> set[str]:
-        """The payloads of all retained commits."""
-        return {commit.key for commit in (*self._chain, *self._pinned.values()) if commit.key is not None}
+        """The objects of all commits that are known, which are all that stay, unless everything does."""
+        return {key for commit in self._known for key in commit.keys}
 
-    def plan(self, slot: int, *, protected: Kept | None) -> Plan:
-        """What a commit in ``slot`` retains: the newest ones, and ``protected`` in any case."""
-        if self._keep is None:
-            return Plan(self.newest, self._floor or slot, tuple(sorted(self._pinned, reverse=True)))
-        window = [slot, *(commit.slot for commit in self._chain[: self._keep - 1])]
-        floor = min(window)
-        kept = (protected.slot,) if protected is not None and protected.slot < floor else ()
-        return Plan(self.newest, floor, kept)
+    def slots_after(self, slot: int) -> list[int]:
+        """The known commits above a slot, ascending."""
+        return [commit.slot for commit in reversed(self._known) if commit.slot > slot]
 
-    def committed(self, commit: Commit, *, protected: Kept | None) -> list[Kept]:
+    def plan(
+        self, new: Kept, pinned: Collection[int], protected: int | None = None, lineage: Lineage = UNBROKEN
+    ) -> Plan:
+        """What a commit retains that adds a checkpoint: what the policy says, and what is pinned or ``protected``.
+
+        Both are told by their original slots. Of several commits that repeat one checkpoint, one stays: an ancestor
+        if there is one.
+        """
+        if self._policy is None:
+            return self.plan_all(new)
+        stay = set(self.reasons(new, pinned, protected, lineage)) - {new.slot}
+        return Plan(new.slot, _descending(stay.union(self._unknown)))
+
+    def plan_all(self, new: Kept) -> Plan:
+        """What a commit retains that only repeats another one: everything, but for the newest if it repeats that."""
+        if self._policy is None:
+            return Plan(self._floor or new.slot, self._below)
+        stay = {one.slot for one in self._known if one.original != new.original or one.slot != self.newest}
+        return Plan(new.slot, _descending(stay.union(self._unknown)))
+
+    def reasons(
+        self, new: Kept, pinned: Collection[int], protected: int | None = None, lineage: Lineage = UNBROKEN
+    ) -> dict[int, str]:
+        """Why each one stays that does, ``new`` among them."""
+        if self._policy is None:
+            return dict.fromkeys((new.slot, *(one.slot for one in self._known)), "all are kept")
+        chosen = {one.original: one for one in sorted(self._known, key=lambda one: (lineage.has(one.slot), one.slot))}
+        chosen[new.original] = new
+        known = sorted(chosen.values(), key=lambda one: -one.slot)
+        reasons = {one.slot: "the attempt resumed from it" for one in known if one.original == protected}
+        reasons |= {one.slot: "pinned" for one in known if one.original in pinned}
+        return decide(self._policy, known) | reasons
+
+    def committed(self, commit: Commit) -> list[Kept]:
         """Takes a commit in that exists now; gives those that are retained no more."""
-        before = [*self._chain, *self._pinned.values()]
-        self._floor = commit.floor
-        self._chain = [Kept.of(commit), *(old for old in self._chain if old.slot >= commit.floor)]
-        if self._keep is None:
-            del self._chain[1:]  # all of them stay, so only the newest is ever asked for
+        self.pinned = commit.pinned
+        if self._policy is None:
+            if not self._known:
+                self._floor, self._below = commit.floor, commit.kept
+            self._known = [Kept.of(commit)]  # all of them stay, so only the newest is ever asked for
             return []
-        known = {old.slot: old for old in before} | ({protected.slot: protected} if protected else {})
-        self._pinned = {slot: known[slot] for slot in commit.kept if slot in known}
-        return [old for old in known.values() if old.slot < commit.floor and old.slot not in commit.kept]
+        before = self._known
+        self._known = [Kept.of(commit), *(one for one in before if commit.retains(one.slot))]
+        return [one for one in before if not commit.retains(one.slot)]
 
     def cleared(self) -> list[Kept]:
-        """Forgets everything; gives what was there."""
-        gone = [*self._chain, *self._pinned.values()]
-        self._chain, self._pinned, self._floor = [], {}, 0
+        """Forgets everything; gives what was known."""
+        gone, self._known = self._known, []
+        self._unknown, self._below, self._floor, self.pinned = (), (), 0, ()
         return gone
+
+
+def _descending(slots: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted(slots, reverse=True))
 
 
 def dead_payloads(keys: Iterable[str], *, claim_slot: int, above: int, living: set[str]) -> list[str]:

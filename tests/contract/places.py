@@ -119,14 +119,18 @@ class Way:
     def load(self, checkpoint: Checkpoint, **options: Any) -> Path | None:
         return self._call(checkpoint, "load", **options)
 
-    def load_bytes(self, checkpoint: Checkpoint) -> bytes | None:
-        return self._call(checkpoint, "load_bytes")
+    def load_bytes(self, checkpoint: Checkpoint, **options: Any) -> bytes | None:
+        return self._call(checkpoint, "load_bytes", **options)
 
-    def save(self, checkpoint: Checkpoint, data: Any) -> None:
+    def save(self, checkpoint: Checkpoint, data: Any, **options: Any) -> None:
         if self.name == "later":
-            assert checkpoint.save_later(data, policy="queue").result()
+            assert checkpoint.save_later(data, policy="queue", **options).result()
         else:
-            self._call(checkpoint, "save", data)
+            self._call(checkpoint, "save", data, **options)
 
     def clear(self, checkpoint: Checkpoint) -> None:
         self._call(checkpoint, "clear")
+
+    def call(self, checkpoint: Checkpoint, verb: str, *arguments: Any, **options: Any) -> Any:
+        """Any other verb."""
+        return self._call(checkpoint, verb, *arguments, **options)

@@ -25,16 +25,22 @@ CODES = {
     "CommitUnknownError": "commit-unknown",
     "DeniedError": "denied",
     "NotFoundError": "not-found",
+    "StepNotFoundError": "step-not-found",
     "AlreadyExistsError": "already-exists",
+    "StepExistsError": "step-exists",
     "UsageError": "usage",
     "UsageTypeError": "usage-type",
     "NoTaskContextError": "no-task-context",
     "AmbiguousIdentityError": "ambiguous-identity",
+    "IdentityMismatchError": "identity-mismatch",
     "MissingDependencyError": "missing-dependency",
 }
 
 # What code that has never heard of taskckpt catches.
 TWINS = {
+    "CorruptCheckpointError": ValueError,
+    "StepNotFoundError": ValueError,
+    "StepExistsError": ValueError,
     "StillPendingError": TimeoutError,
     "DeniedError": PermissionError,
     "NotFoundError": FileNotFoundError,

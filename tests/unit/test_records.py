@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskckpt._log.records import (
+    Catalogued,
     Claim,
     ClaimId,
     Clear,
@@ -18,6 +19,9 @@ from taskckpt._log.records import (
     Content,
     Digest,
     Join,
+    Lineage,
+    Notes,
+    Origin,
     Stamp,
     Stored,
     decode,
@@ -57,10 +61,30 @@ contents = st.builds(
     st.none() | numbers,
 )
 heads = st.none() | numbers
+notes = st.builds(
+    Notes,
+    heads,
+    st.dictionaries(texts, plain, max_size=3),
+    st.dictionaries(texts, st.floats(allow_nan=False), max_size=3),
+)
+spans = st.lists(st.tuples(numbers, numbers), max_size=3).map(tuple)
+sources = heads | texts
+origins = st.builds(Origin, numbers, texts, st.dictionaries(texts, plain, max_size=3), sources)
+urls = st.lists(texts, max_size=3).map(tuple)
+commits = st.builds(
+    Commit,
+    *(stamps, contents, stored, heads, sources, numbers, numbers, several, notes),
+    lineage=st.builds(Lineage, spans, heads),
+    pinned=several,
+    repeats=st.none() | origins,
+    positions=st.none() | stored,
+    catalogued=st.builds(Catalogued, numbers, numbers),
+    continues_from=urls,
+)
 records = st.one_of(
     st.builds(Claim, stamps, heads, several, st.lists(texts, max_size=3).map(tuple)),
     st.builds(Join, stamps, heads, several),
-    st.builds(Commit, stamps, contents, stored, heads, heads, numbers, numbers, several),
+    commits,
     st.builds(Clear, stamps),
 )
 
@@ -86,6 +110,19 @@ EXAMPLES: dict[str, Any] = {
         resumed_from=None,
         count=1,
         floor=7,
+    ),
+    "commit-history": Commit(
+        STAMP,
+        BYTES,
+        Stored(Digest.of(b"17"), inline=b"17"),
+        *(5, "s3://bucket/other/log/x.jsonl", 2, 7, (2,)),
+        notes=Notes(100, {"epoch": 3, "note": "ä"}, {"loss": 0.5, "norm": float("inf")}),
+        lineage=Lineage(((5, 6),), 200),
+        pinned=(2,),
+        repeats=Origin(4, "2026-11-20T06:00:00Z", {"attempt": 1}, 3),
+        positions=Stored(Digest.of(b"there"), inline=b"there"),
+        catalogued=Catalogued(2, 1),
+        continues_from=("s3://bucket/old",),
     ),
     "clear": Clear(STAMP),
 }
@@ -261,7 +298,11 @@ def test_unknown_fields_are_passed_over(name):
         return value
 
     body = with_more(body_of(name))
-    body["about"] = body_of(name)["about"]  # free text is given back as it is
+    given = body_of(name)  # what users say is given back as it is
+    body["about"] = given["about"]
+    if "step" in given.get("checkpoint", {}):
+        body["checkpoint"] |= {word: given["checkpoint"][word] for word in ("metadata", "metrics")}
+        body["repeats"]["about"] = given["repeats"]["about"]
     assert read(sealed(body)) == EXAMPLES[name]
 
 
@@ -291,7 +332,17 @@ COMMON: dict[str, list[Any]] = {
 HEAD = {"head": OPTIONAL["integer"], "unreadable": WRONG["integers"]}
 COMMIT: dict[str, list[Any]] = {
     "previous": OPTIONAL["integer"],
-    "resumed_from": OPTIONAL["integer"],
+    "resumed_from": [True, -1, 7.0, [7], {}],
+    "left_behind": [True, 7, "7", {}, [7], [[7]], [[7, 8, 9]], [["7", 8]], [None]],
+    "highest_step": OPTIONAL["integer"],
+    "pinned": OPTIONAL["integers"],
+    "repeats": OPTIONAL["object"],
+    "catalogued": OPTIONAL["object"],
+    "continues_from": OPTIONAL["strings"],
+    "checkpoint.step": OPTIONAL["integer"],
+    "checkpoint.metadata": OPTIONAL["object"],
+    "checkpoint.metrics": [*OPTIONAL["object"], {"loss": None}, {"loss": "high"}, {"loss": True}, {"loss": [1]}],
+    "checkpoint.positions": OPTIONAL["object"],
     "count": WRONG["integer"],
     "floor": WRONG["integer"],
     "kept": WRONG["integers"],
@@ -325,6 +376,17 @@ FIELDS: dict[str, dict[str, list[Any]]] = {
             {"base64": "MTc"},
             {"text": "18"},
         ]
+    },
+    "commit-history": {
+        "repeats.slot": WRONG["integer"],
+        "repeats.time": WRONG["string"],
+        "repeats.about": WRONG["object"],
+        "repeats.resumed_from": [True, -1, 7.0, [7], {}],
+        "catalogued.through": WRONG["integer"],
+        "catalogued.more": WRONG["integer"],
+        "checkpoint.positions.size": WRONG["integer"],
+        "checkpoint.positions.blake3": WRONG["string"],
+        "checkpoint.positions.inline": [None, 7, {"text": "elsewhere"}],
     },
     "commit-file": COMMON
     | COMMIT

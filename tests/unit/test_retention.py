@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from taskckpt._keep import policy_of
 from taskckpt._layout import payload_key
-from taskckpt._log.records import ClaimId, Commit, Content, Digest, Stamp, Stored
+from taskckpt._log.records import ClaimId, Commit, Content, Digest, Lineage, Notes, Origin, Stamp, Stored
 from taskckpt._log.retention import (
     GUARDED_SLOTS,
     Kept,
@@ -23,57 +23,73 @@ from taskckpt._log.retention import (
 NONCE = "ab" * 8
 
 
-def kept(slot: int) -> Kept:
-    return Kept(slot, f"data/{slot}" if slot % 2 else None)
+def key_of(original: int) -> str:
+    return f"data/{original}"
 
 
-def commit_of(slot: int, plan: Plan) -> Commit:
+def kept(slot: int, original: int | None = None, step: int | None = None) -> Kept:
+    """The payloads of odd slots lie in objects."""
+    original = original or slot
+    return Kept(slot, (key_of(original),) if original % 2 else (), original, step)
+
+
+def commit_of(new: Kept, plan: Plan, pinned: tuple[int, ...] = ()) -> Commit:
     return Commit(
-        Stamp(slot, ClaimId(1, NONCE), "w", "n", "t"),
+        Stamp(new.slot, ClaimId(1, NONCE), "w", "n", "t"),
         content=Content("bytes", Digest(1, "00")),
-        stored=Stored(Digest(1, "00"), key=kept(slot).key),
-        previous=plan.previous,
+        stored=Stored(Digest(1, "00"), key=key_of(new.original) if new.original % 2 else None, inline=None),
+        previous=None,
         resumed_from=None,
         count=1,
         floor=plan.floor,
         kept=plan.kept,
+        notes=Notes(new.step),
+        pinned=pinned,
+        repeats=None if new.original == new.slot else Origin(new.original, "t"),
     )
+
+
+def writer_of(
+    keep: int | None, slots: list[int], *, floor: int | None = None, pinned: tuple[int, ...] = ()
+) -> Retention:
+    """A writer that found these commits, newest first."""
+    if not slots:
+        return Retention(policy_of(keep))
+    plan = Plan(slots[0], tuple(slots[1:])) if floor is None else Plan(floor, ())
+    return Retention(policy_of(keep), commit_of(kept(slots[0]), plan, pinned), [kept(slot) for slot in slots[1:]])
 
 
 @dataclass
 class Oracle:
-    """What the promise says: the newest ``keep`` stay, and the one resumed from while it is protected."""
+    """What the promise says: the newest ``keep`` checkpoints stay, what is pinned, and the one resumed from."""
 
     keep: int | None
-    alive: set[int] = field(default_factory=set)
+    alive: dict[int, int] = field(default_factory=dict)  # slot -> original
+    pinned: set[int] = field(default_factory=set)
 
-    def commit(self, slot: int, protected: int | None) -> set[int]:
-        before = self.alive | ({protected} if protected is not None else set())
-        newest = sorted(self.alive | {slot}, reverse=True)
-        self.alive = set(newest if self.keep is None else newest[: self.keep])
-        if protected is not None:
-            self.alive.add(protected)
+    def commit(self, slot: int, original: int, protected: int | None, *, repeats: bool) -> set[int]:
+        before = dict(self.alive)
         if self.keep is None:
-            self.alive |= before
-        return before - self.alive
-
-    def clear(self) -> set[int]:
-        gone, self.alive = self.alive, set()
-        return gone
-
-
-def is_retained(slot: int, newest: Commit) -> bool:
-    """As ``docs/format.md`` tells a reader."""
-    return slot >= newest.floor or slot in newest.kept
+            self.alive[slot] = original
+            return set()
+        newest = max(self.alive, default=None)
+        if repeats and newest is not None and self.alive[newest] == original:
+            del self.alive[newest]
+        self.alive[slot] = original
+        if not repeats:
+            self.alive = {max(one for one in self.alive if self.alive[one] == of): of for of in self.alive.values()}
+            window = sorted(self.alive, reverse=True)[: self.keep]
+            safe = {one for one, of in self.alive.items() if of in self.pinned or of == protected}
+            self.alive = {one: of for one, of in self.alive.items() if one in window or one in safe}
+        return set(before) - set(self.alive)
 
 
 @st.composite
 def histories(draw):
     keep = draw(st.none() | st.integers(1, 6))
     inherited = sorted(draw(st.sets(st.integers(1, 30), max_size=8)), reverse=True)
-    if keep is not None:
-        inherited = inherited[:keep]  # as the log gives them to the writer
-    steps = draw(st.lists(st.tuples(st.sampled_from(["commit"] * 6 + ["clear"]), st.integers(1, 4)), max_size=25))
+    words = ["commit"] * 6 + ["clear", "repeat", "repeat", "pin"]
+    steps = draw(st.lists(st.tuples(st.sampled_from(words), st.integers(1, 4), st.integers(0, 5)), max_size=25))
     return keep, inherited, steps, draw(st.integers(0, 7))
 
 
@@ -81,112 +97,133 @@ def histories(draw):
 @given(histories())
 def test_random_histories(history):
     keep, inherited, steps, resumed = history
-    floor = inherited[-1] if inherited else 0
-    retention = Retention(keep, map(kept, inherited), floor)
-    oracle = Oracle(keep, set(inherited))
+    retention = writer_of(keep, inherited)
+    oracle = Oracle(keep, {slot: slot for slot in inherited})
     # The state resumed from is protected until the attempt has two commits of its own.
-    source = inherited[resumed] if resumed < len(inherited) else None
-    protected, own = source, 0
+    protected, own = (inherited[resumed] if resumed < len(inherited) else None), 0
     top = 31
-    for what, gap in steps:
+    for what, gap, which in steps:
         top += gap
         if what == "clear":
             gone = {old.slot for old in retention.cleared()}
-            expected = oracle.clear()
-            assert gone == expected if keep is not None else gone <= expected
+            assert gone == set(oracle.alive) if keep is not None else gone <= set(oracle.alive)
+            oracle = Oracle(keep)
             protected = None
             continue
-        saved = None if protected is None else kept(protected)
-        plan = retention.plan(top, protected=saved)
-        assert plan.previous == max(oracle.alive, default=None)
-        commit = commit_of(top, plan)
-        own += 1
-        dropped = retention.committed(commit, protected=saved)
-        gone = oracle.commit(top, protected)
+        alive = sorted(oracle.alive, reverse=True)
+        repeats = what != "commit" and which < len(alive)
+        original = oracle.alive[alive[which]] if repeats else top
+        new = kept(top, original)
+        if what == "pin" and repeats:
+            oracle.pinned.add(original)
+        pinned = tuple(sorted(oracle.pinned))
+        plan = retention.plan_all(new) if repeats else retention.plan(new, pinned, protected)
+        commit = commit_of(new, plan, pinned)
+        own += not repeats
+        dropped = retention.committed(commit)
+        gone = oracle.commit(top, original, protected, repeats=repeats)
         assert {old.slot for old in dropped} == gone
-        assert all(old == kept(old.slot) for old in dropped), "each with its own payload"
         for slot in range(1, top + 1):
             if slot in oracle.alive:
-                assert is_retained(slot, commit), slot
+                assert commit.retains(slot), slot
             elif slot in gone:
-                assert not is_retained(slot, commit), slot
+                assert not commit.retains(slot), slot
         assert retention.newest == top
         if keep is not None:
-            assert retention.keys() == {key for slot in oracle.alive if (key := kept(slot).key)}
+            assert retention.keys() == {key_of(of) for of in oracle.alive.values() if of % 2}
         if own >= 2:
             protected = None
 
 
-@settings(max_examples=300)
-@given(st.integers(1, 5), st.lists(st.integers(1, 5), min_size=1, max_size=40))
-def test_the_newest_ones_stay_and_payloads_do_not_pile_up(keep, gaps):
-    retention = Retention(keep)
-    slots: deque[int] = deque(maxlen=keep)
-    existing: set[int] = set()
-    top = 1
-    for gap in gaps:
-        top += gap
-        slots.append(top)
-        existing.add(top)
-        commit = commit_of(top, retention.plan(top, protected=None))
-        existing -= {old.slot for old in retention.committed(commit, protected=None)}
-        assert existing == set(slots)
-        assert commit.floor == slots[0]
-        assert commit.kept == ()
-
-
 def test_the_state_resumed_from_outlives_the_window():
-    retention = Retention(1, [kept(5)], floor=5)
-    first = commit_of(8, retention.plan(8, protected=kept(5)))
+    retention = writer_of(1, [5])
+    first = commit_of(kept(8), retention.plan(kept(8), (), protected=5))
     assert (first.floor, first.kept) == (8, (5,))
-    assert retention.committed(first, protected=kept(5)) == []
+    assert retention.committed(first) == []
     assert retention.keys() == {"data/5"}
-    second = commit_of(9, retention.plan(9, protected=None))
-    assert (second.floor, second.kept, second.previous) == (9, (), 8)
-    assert sorted(old.slot for old in retention.committed(second, protected=None)) == [5, 8]
+    second = commit_of(kept(9), retention.plan(kept(9), ()))
+    assert (second.floor, second.kept) == (9, ())
+    assert sorted(old.slot for old in retention.committed(second)) == [5, 8]
 
 
 def test_an_older_state_resumed_from_is_protected_too():
     """The newest was damaged, so the attempt went on from the one before, which keep=1 would drop."""
-    retention = Retention(1, [kept(9)], floor=9)
-    commit = commit_of(12, retention.plan(12, protected=kept(4)))
+    retention = writer_of(1, [9, 4])
+    commit = commit_of(kept(12), retention.plan(kept(12), (), protected=4))
     assert commit.kept == (4,)
-    assert [old.slot for old in retention.committed(commit, protected=kept(4))] == [9]
-    assert is_retained(4, commit)
+    assert [old.slot for old in retention.committed(commit)] == [9]
 
 
 def test_keep_all_drops_nothing_and_says_so_in_every_commit():
-    retention = Retention(None, [kept(4)], floor=2, pinned=[kept(1)])
+    retention = Retention(None, commit_of(kept(4), Plan(2, (1,))))
     for slot in range(10, 200):
-        commit = commit_of(slot, retention.plan(slot, protected=None))
+        commit = commit_of(kept(slot), retention.plan(kept(slot), ()))
         assert (commit.floor, commit.kept) == (2, (1,))
-        assert retention.committed(commit, protected=None) == []
+        assert retention.committed(commit) == []
 
 
 def test_keep_all_after_a_clear_starts_a_new_floor():
-    retention = Retention(None, [kept(4)], floor=2)
+    retention = writer_of(None, [4], floor=2)
     assert [old.slot for old in retention.cleared()] == [4]
-    plan = retention.plan(7, protected=None)
-    assert plan == Plan(None, 7, ())
+    assert retention.plan(kept(7), ()) == Plan(7, ())
 
 
-def test_pinned_ones_stay_until_a_commit_lets_them_go():
-    retention = Retention(2, [kept(9), kept(8)], floor=8, pinned=[kept(3)])
-    assert "data/3" in set(retention.keys())
-    commit = commit_of(10, retention.plan(10, protected=kept(3)))
-    assert [old.slot for old in retention.committed(commit, protected=kept(3))] == [8]
-    assert commit.kept == (3,)
+def test_what_cannot_be_read_stays():
+    retention = Retention(policy_of(1), commit_of(kept(9), Plan(9, (6, 4))), [kept(4)], unknown=[6])
+    commit = commit_of(kept(10), retention.plan(kept(10), ()))
+    assert commit.kept == (6,)
+    assert [old.slot for old in retention.committed(commit)] == [9, 4]
+    assert retention.plan(kept(11), ()).kept == (6,)
+
+
+def test_pinned_ones_stay_until_they_are_unpinned():
+    retention = writer_of(2, [9, 8, 3], pinned=(3,))
+    assert "data/3" in retention.keys()
+    commit = commit_of(kept(10), retention.plan(kept(10), retention.pinned), (3,))
+    assert [old.slot for old in retention.committed(commit)] == [8]
+    assert commit.kept == (9, 3)
+    commit = commit_of(kept(11), retention.plan(kept(11), ()))
+    assert [old.slot for old in retention.committed(commit)] == [9, 3]
+    assert retention.pinned == ()
+
+
+def test_a_payload_that_two_commits_share_is_needed_as_long_as_one_is_there():
+    retention = writer_of(1, [9, 7, 5])
+    rolled_back = commit_of(kept(11, original=5), retention.plan_all(kept(11, original=5)))
+    assert rolled_back.kept == (9, 7, 5), "what is left behind goes on from it as well"
+    assert retention.committed(rolled_back) == []
+    next_one = commit_of(kept(12), retention.plan(kept(12), (), protected=5))
+    assert next_one.kept == (11,)
+    assert [old.slot for old in retention.committed(next_one)] == [9, 7, 5]
+    assert retention.keys() == {"data/5"}
+
+
+def test_of_two_that_repeat_one_checkpoint_an_ancestor_stays():
+    retention = writer_of(3, [9, 7, 5])
+    retention.committed(commit_of(kept(11, original=5), retention.plan_all(kept(11, original=5))))
+    plan = retention.plan(kept(13), (), lineage=Lineage(((10, 12),)))
+    assert plan.kept == (9, 7), "that rollback was taken back, and is older than it seems"
 
 
 def test_more_or_fewer_may_be_kept_than_the_attempt_before_kept():
-    fewer = Retention(1, [kept(9), kept(8), kept(7)], floor=7)
-    commit = commit_of(10, fewer.plan(10, protected=None))
-    assert sorted(old.slot for old in fewer.committed(commit, protected=None)) == [7, 8, 9]
-    more = Retention(5, [kept(9)], floor=9)
+    fewer = writer_of(1, [9, 8, 7])
+    commit = commit_of(kept(10), fewer.plan(kept(10), ()))
+    assert sorted(old.slot for old in fewer.committed(commit)) == [7, 8, 9]
+    more = writer_of(5, [9])
     for slot in range(10, 14):
-        commit = commit_of(slot, more.plan(slot, protected=None))
-        assert commit.floor == 9, "what was dropped before does not come back"
-        assert more.committed(commit, protected=None) == []
+        commit = commit_of(kept(slot), more.plan(kept(slot), ()))
+        assert commit.kept == tuple(range(slot - 1, 8, -1)), "what was dropped before does not come back"
+        assert more.committed(commit) == []
+
+
+@pytest.mark.parametrize("keep", [1, None])
+def test_the_reasons_are_those_of_the_plan(keep):
+    retention = writer_of(keep, [9, 8, 7, 3])
+    reasons = retention.reasons(kept(9), pinned=(3,), protected=8)
+    if keep is None:
+        assert set(reasons) == {9, 8, 7, 3}
+    else:
+        assert reasons == {9: "the newest", 8: "the attempt resumed from it", 3: "pinned"}
 
 
 # --- garbage -----------------------------------------------------------------------------------
@@ -227,7 +264,14 @@ def test_the_guard_is_that_of_the_format():
 @pytest.mark.parametrize("key", [None, "data/x"])
 def test_kept_is_made_from_a_commit(key):
     stored = Stored(Digest(1, "00"), key=key) if key else Stored(Digest.of(b"1"), inline=b"1")
+    notes = Notes(7, {"a": 1}, {"loss": 0.5})
     commit = Commit(
-        Stamp(4, ClaimId(1, NONCE), "w", "n", "t"), Content("bytes", Digest(1, "00")), stored, None, None, 1, 4
+        Stamp(4, ClaimId(1, NONCE), "w", "n", "t"),
+        Content("bytes", Digest(1, "00")),
+        stored,
+        *(None, None, 1, 4),
+        notes=notes,
+        repeats=Origin(2, "t"),
+        positions=Stored(Digest(1, "00"), key="data/y"),
     )
-    assert Kept.of(commit) == Kept(4, key)
+    assert Kept.of(commit) == Kept(4, (key, "data/y") if key else ("data/y",), 2, 7, {"loss": 0.5})

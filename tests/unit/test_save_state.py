@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from taskckpt import Checkpoint, PendingSave
+from taskckpt._attempt import SaveRequest
 from taskckpt._log.records import INLINE_LIMIT_BYTES
 from taskckpt._operation import Stop
 from taskckpt._payload import Source, encoded_source
@@ -37,7 +38,7 @@ def large(number: float = 1.0) -> dict[str, Any]:
 
 def save_as_state(checkpoint: Checkpoint, stored: bytes) -> None:
     """As a taskckpt of another time might have."""
-    checkpoint._attempt.save(lambda: Source("state", len(stored), lambda: iter([stored])), Stop(), None)
+    checkpoint._attempt.save(lambda: Source("state", len(stored), lambda: iter([stored])), SaveRequest(), Stop(), None)
 
 
 @pytest.mark.parametrize("size", [100, INLINE_LIMIT_BYTES + 1], ids=["inline", "payload"])
@@ -342,5 +343,5 @@ def test_an_array_that_shrinks_while_it_is_saved_is_no_checkpoint(cp):
 
     encoded = encode(state)
     with pytest.raises(SourceChangedError):
-        cp._attempt.save(lambda: encoded_source(encoded), Stop(), shrink)
+        cp._attempt.save(lambda: encoded_source(encoded), SaveRequest(), Stop(), shrink)
     assert cp.load_state_sync() == SMALL

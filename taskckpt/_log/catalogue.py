@@ -1,0 +1,191 @@
+"""All checkpoints of a task, at a bounded cost: pages of the index say what many records say.
+
+A page holds the commits of a range of slots that were retained when it was written, without their inline content.
+Commits never change, and what was dropped once never comes back, so a page stays true for ever. It is never needed:
+whatever no good page says is read from the records themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from blake3 import blake3
+
+from taskckpt._layout import INDEX, page_key, parse_page_name
+from taskckpt._log import records as _records
+from taskckpt._log.history import Damaged, LogMoved, LogReader, Survey, View
+from taskckpt._log.records import Commit, Stored
+from taskckpt._operation import Stop, ordered_map
+from taskckpt.errors import CorruptCheckpointError, NotFoundError, UnavailableError
+
+logger = logging.getLogger("taskckpt")
+
+T = TypeVar("T")
+
+# How often a listing starts over because records went away while it read them.
+MAX_ROUNDS = 64
+
+# A task with 10,000 checkpoints has 79 pages, and up to 127 records that are in none.
+PAGE_COMMITS = 128
+# Fewer records than this are read one by one.
+FEW_RECORDS = 48
+READ_THREADS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Retained:
+    """What the newest commit retains, itself included: newest first."""
+
+    commits: list[Commit]
+    damaged: list[Damaged]
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What a page says: of the slots ``first`` to ``last``, these commits were retained."""
+
+    first: int
+    last: int
+    commits: tuple[Commit, ...]
+
+
+def everything(reader: LogReader) -> Retained:
+    """All checkpoints of a log: what its newest readable commit retains."""
+
+    def read(view: View) -> Retained:
+        survey = reader.survey(view, confirm=True)
+        damaged = [found for slot in survey.unreadable for found in reader.read_slot(view, slot)]
+        unreadable = [found for found in damaged if isinstance(found, Damaged)]
+        if not isinstance(survey.head, Commit):
+            return Retained([], unreadable)
+        found = retained(reader, view, survey.head)
+        return Retained(found.commits, unreadable + found.damaged)
+
+    return _at_rest(reader, read)
+
+
+def beginning(reader: LogReader) -> Survey:
+    """The log as a reader sees it now."""
+    return _at_rest(reader, lambda view: reader.survey(view, confirm=True))
+
+
+def _at_rest(reader: LogReader, read: Callable[[View], T]) -> T:
+    """What is read from one listing, when no record went away meanwhile."""
+    for _ in range(MAX_ROUNDS):
+        with suppress(LogMoved):
+            return read(reader.look())
+    raise UnavailableError(f"The log kept changing during {MAX_ROUNDS} looks at it.", uri=reader.store.uri)
+
+
+def retained(reader: LogReader, view: View, newest: Commit) -> Retained:
+    """All commits that ``newest`` retains. Inline content may have been left out of them (``is_whole`` tells).
+
+    Raises:
+        LogMoved: Records went away meanwhile.
+    """
+    if newest.floor < newest.stamp.slot and not view.complete and newest.floor < view.slots[0]:
+        view = reader.look(first_page=False)
+    slots = {slot for slot in newest.kept if slot < newest.stamp.slot}
+    slots |= {slot for slot in view.slots if newest.floor <= slot < newest.stamp.slot}
+    commits = {newest.stamp.slot: newest}
+    if newest.catalogued.through and len(slots) > FEW_RECORDS:
+        for page in _pages(reader, slots):
+            commits |= {one.stamp.slot: one for one in page.commits if one.stamp.slot in slots}
+            slots -= set(range(page.first, page.last + 1))
+    damaged: list[Damaged] = []
+    for records in reader.read_slots(view, sorted(slots)):
+        for found in records:
+            if isinstance(found, Damaged):
+                damaged.append(found)
+            elif isinstance(found, Commit):
+                commits.setdefault(found.stamp.slot, found)
+    return Retained([commits[slot] for slot in sorted(commits, reverse=True)], damaged)
+
+
+def after(reader: LogReader, view: View, newest: Commit, slot: int, known: Mapping[int, Commit]) -> list[Commit]:
+    """The retained commits above a slot that can be read, oldest first. Those that are ``known`` are not read."""
+    slots = [one for one in view.slots if slot < one <= newest.stamp.slot and newest.retains(one)]
+    records = reader.read_slots(view, [one for one in slots if one not in known])
+    read = {one.stamp.slot: one for found in records for one in found if isinstance(one, Commit)}
+    commits = {**read, **known}
+    return [commits[one] for one in slots if one in commits]
+
+
+def _pages(reader: LogReader, slots: Collection[int]) -> Iterable[Page]:
+    """The good pages that say something about these slots."""
+    wanted = [name for name in reader.store.list_below(INDEX).names if _is_about(name, slots)]
+    for page in ordered_map(lambda name: _read_page(reader, name), wanted, threads=READ_THREADS):
+        if page is not None:
+            yield page
+
+
+def _is_about(name: str, slots: Collection[int]) -> bool:
+    span = parse_page_name(name)
+    return span is not None and any(span[0] <= slot <= span[1] for slot in slots)
+
+
+def _read_page(reader: LogReader, name: str) -> Page | None:
+    key = f"{INDEX}/{name}"
+    try:
+        return decode_page(reader.store.read(key), uri=f"{reader.store.uri}/{key}")
+    except (CorruptCheckpointError, NotFoundError) as error:
+        logger.info("A page of the index is no use; the records themselves are read: %s", error)
+        return None
+
+
+def encode_page(page: Page) -> bytes:
+    """The records of a page, as in the log but without inline content, and a line that says which slots it is about."""
+    body = b"".join(_records.encode(without_inline(commit)) for commit in page.commits)
+    end = {"first": page.first, "last": page.last, "blake3": blake3(body).hexdigest()}
+    return body + json.dumps(end).encode() + b"\n"
+
+
+def decode_page(data: bytes, *, uri: str) -> Page:
+    """A page.
+
+    Raises:
+        CorruptCheckpointError: It is damaged.
+        UnsupportedFormatError: A newer taskckpt wrote it.
+    """
+    lines = data.splitlines(keepends=True)
+    try:
+        end = json.loads(lines[-1])
+        first, last, digest = end["first"], end["last"], end["blake3"]
+    except (IndexError, ValueError, KeyError, TypeError) as error:
+        raise CorruptCheckpointError("A page of the index is cut short.", uri=uri) from error
+    if blake3(b"".join(lines[:-1])).hexdigest() != digest:
+        raise CorruptCheckpointError("A page of the index is damaged: its digest does not fit.", uri=uri)
+    pairs = [b"".join(pair) for pair in zip(lines[:-1:2], lines[1:-1:2], strict=True)]
+    commits = [_records.decode(pair, slot=None, uri=uri) for pair in pairs]
+    return Page(first, last, tuple(commit for commit in commits if isinstance(commit, Commit)))
+
+
+def without_inline(commit: Commit) -> Commit:
+    """What a page says of a commit."""
+    positions = commit.positions
+    return replace(
+        commit,
+        stored=Stored(commit.stored.digest, key=commit.stored.key),
+        positions=None if positions is None else Stored(positions.digest, key=positions.key),
+    )
+
+
+def write_page(reader: LogReader, page: Page, nonce: str, stop: Stop) -> None:
+    """Stores a page under a key that no other one has."""
+    data = encode_page(page)
+    reader.store.write(page_key(page.first, page.last, nonce), [data], len(data), stop)
+
+
+def dead_pages(names: Iterable[str], newest: Commit) -> list[str]:
+    """Keys of the pages that say nothing about what is retained."""
+    spans = {name: span for name in names if (span := parse_page_name(name)) is not None}
+    return [
+        f"{INDEX}/{name}"
+        for name, (first, last) in spans.items()
+        if last < newest.floor and not any(first <= slot <= last for slot in newest.kept)
+    ]
