@@ -57,6 +57,8 @@ def newest(place: Path) -> Found | None:
         if at in seen:
             continue
         seen.add(at)
+        if at.parent.name == "log" and NAME.fullmatch(at.name):
+            return _named(at)
         found, cleared, sources = _newest_in(at, problems)
         if found is not None:
             return found
@@ -66,6 +68,20 @@ def newest(place: Path) -> Found | None:
     if problems:
         raise CorruptError(problems)
     return None
+
+
+def _named(path: Path) -> Found:
+    """The checkpoint of one record, which may have been repeated since."""
+    place, slot = path.parent.parent, int(path.name[13:25])
+    wanted = _record(path, slot).get("repeats", {"slot": slot})["slot"]
+    records = [_record(place / "log" / names[0], one) for one, names in _listing(place / "log").items()]
+    commits = [record for record in records if record["kind"] == "commit"]
+    head = max(commits, key=lambda commit: commit["slot"])
+    for commit in sorted(commits, key=lambda commit: -commit["slot"]):
+        retained = commit["slot"] >= head["floor"] or commit["slot"] in head["kept"]
+        if retained and wanted in (commit["slot"], commit.get("repeats", {}).get("slot")):
+            return _restored(place, commit["checkpoint"])
+    raise CorruptError(f"the checkpoint of {path} is not there any more")
 
 
 def _newest_in(place: Path, problems: list[str]) -> tuple[Found | None, bool, list[str]]:
@@ -89,6 +105,8 @@ def _newest_in(place: Path, problems: list[str]) -> tuple[Found | None, bool, li
                 newest = newest or record
                 if not _retains(newest, slot):
                     continue
+                if record["checkpoint"]["kind"] == "nothing":
+                    return None, False, record.get("continues_from", [])
                 below = {record["previous"], *newest["kept"]} - {None}
                 pending |= {s for s in below if s < slot and _retains(newest, s)}
                 return _restored(place, record["checkpoint"]), False, []
@@ -114,7 +132,8 @@ def _listing(folder: Path) -> dict[int, list[str]]:
 
 
 def _retains(head: dict[str, Any], slot: int) -> bool:
-    return slot >= head["floor"] or slot in head["kept"]
+    is_left_behind = any(first <= slot <= last for first, last in head.get("left_behind", []))
+    return (slot >= head["floor"] or slot in head["kept"]) and not is_left_behind
 
 
 def _record(path: Path, slot: int) -> dict[str, Any]:

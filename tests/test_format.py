@@ -354,6 +354,83 @@ def test_a_damaged_first_record_may_have_named_a_source(tmp_path: Path) -> None:
     assert both_say(place, tmp_path / "scratch") == "corrupt"
 
 
+# --- history
+
+
+def task_of(place: Path, steps: int = 3, **options: Any) -> Checkpoint:
+    checkpoint = Checkpoint(place, **options)
+    for step in range(1, steps + 1):
+        checkpoint.save_sync(file_of(b"step %d" % step), step=step, metadata={"a": 1}, metrics={"loss": float("nan")})
+    return checkpoint
+
+
+def test_what_was_rolled_back_is_never_fallen_back_to(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    checkpoint = task_of(place)
+    checkpoint.rollback_sync(1)
+    assert both_read(place) == b"step 1"
+    checkpoint.save_sync(file_of(b"other"), step=2)
+    assert both_read(place) == b"other"
+    break_newest_payload(place)
+    assert both_read(place) == b"step 1"
+
+
+def test_a_pinned_task_still_loads_its_newest(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    task_of(place, keep=1).pin_sync(3)
+    assert both_read(place) == b"step 3"
+    Checkpoint(place, keep=1).save_sync(b"new")
+    assert both_read(place) == b"new"
+
+
+def test_positions_alone_are_no_checkpoint_and_do_not_hide_a_source(tmp_path: Path) -> None:
+    place, source = tmp_path / "place", tmp_path / "source"
+    for _ in Checkpoint(place).iterate(range(3)):
+        pass
+    assert both_read(place) is None
+    task_of(source)
+    other = tmp_path / "other"
+    checkpoint = Checkpoint(other, source)
+    for _ in checkpoint.iterate(range(3), every=1):
+        pass
+    assert [one.kind for one in checkpoint.checkpoints_sync()] == ["nothing"]
+    assert both_read(other) == b"step 3"
+
+
+def test_a_fork_is_followed_to_one_checkpoint(tmp_path: Path) -> None:
+    place, source = tmp_path / "place", tmp_path / "source"
+    original = task_of(source)
+    first = original.checkpoints_sync()[-1]
+    assert Checkpoint(place, fork_from=first).load_bytes_sync() == b"step 1"
+    original.rollback_sync(1)
+    original.save_sync(b"goes on", step=4)
+    assert both_read(place) == b"step 1"
+
+
+def test_a_page_of_the_index_is_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("taskckpt._log.writer.PAGE_COMMITS", 4)
+    place = tmp_path / "place"
+    checkpoint = Checkpoint(place, keep=None)
+    for step in range(4):
+        checkpoint.save_sync(b"%d" % step, step=step)
+    (page,) = (place / "index").iterdir()
+    assert re.fullmatch(r"000000000001-000000000005-[0-9a-f]{16}\.jsonl", page.name)
+    *lines, last = page.read_bytes().splitlines(keepends=True)
+    assert json.loads(last) == {"first": 1, "last": 5, "blake3": blake3(b"".join(lines)).hexdigest()}
+    for step, (first, second) in enumerate(zip(lines[::2], lines[1::2], strict=True)):
+        assert json.loads(second) == {"blake3": blake3(first).hexdigest()}
+        body = json.loads(first)
+        record = json.loads(record_in(place, body["slot"]).read_bytes().partition(b"\n")[0])
+        assert body["checkpoint"]["step"] == step
+        assert body["checkpoint"]["stored"].pop("left_out") is True
+        del record["checkpoint"]["stored"]["inline"]
+        assert body == record
+
+
+def record_in(place: Path, slot: int) -> Path:
+    return place / "log" / f"{999_999_999_999 - slot:012d}-{slot:012d}.jsonl"
+
+
 # --- what a reader must refuse, and what it must pass over
 
 
@@ -494,16 +571,22 @@ def test_every_field_that_is_written_is_in_the_document(tmp_path: Path) -> None:
         save(checkpoint, chance)
     checkpoint.save_sync(b"\xff")
     checkpoint.clear_sync()
+    history = task_of(tmp_path / "place", keep=None)
+    history.pin_sync(2)
+    history.rollback_sync(1)
+    for item in history.iterate(range(2)):
+        history.save_sync(b"x", step=10 + item)
 
     def collect(value: object) -> None:
         if isinstance(value, dict):
             names.update(key for key in value if isinstance(key, str))
             for key, inner in value.items():
-                if key != "about":  # information, in no fixed form
+                if key not in ("about", "metadata", "metrics"):  # information, in no fixed form
                     collect(inner)
 
     for path in (tmp_path / "place" / "log").iterdir():
         for line in path.read_bytes().splitlines():
             collect(json.loads(line))
     assert {"entries", "mtime_ns", "continues_from", "base64", "inline"} <= names
+    assert {"left_behind", "highest_step", "pinned", "repeats", "catalogued", "positions", "metadata"} <= names
     assert not {name for name in names if f"`{name}`" not in DOCUMENT}

@@ -177,7 +177,7 @@ class TaskLog(SlotWriter):
                 lineage=self._lineage_from(position, plan, saved.notes.step),
                 pinned=(slot, *retention.pinned) if saved.pin else retention.pinned,
                 positions=saved.positions,
-                catalogued=self._catalogued(plan),
+                catalogued=self._catalogued(),
                 continues_from=() if saved.content.kind != "nothing" else self._sources_of_payload(),
             )
 
@@ -244,7 +244,7 @@ class TaskLog(SlotWriter):
                 pinned=pins,
                 repeats=origin,
                 positions=positions or commit.positions,
-                catalogued=self._catalogued(plan),
+                catalogued=self._catalogued(),
             )
 
         return self._add(build, [key for key in (positions and positions.key,) if key], stop)
@@ -363,10 +363,10 @@ class TaskLog(SlotWriter):
         # What such a record repeats, others have as well: only what was written for itself goes.
         self._delete_quietly([key for record in lost for key in record.keys if record.stamp.nonce in key])
 
-    def _catalogued(self, plan: Plan) -> Catalogued:
+    def _catalogued(self) -> Catalogued:
         """What a new commit says about the index: where all stays it also counts what lies in no page yet."""
         before = Catalogued() if self._newest is None else self._newest.catalogued
-        return Catalogued(before.through, before.more + 1 if plan.floor < self._last + 1 else 0)
+        return Catalogued(before.through, before.more + 1 if self._policy is None else 0)
 
     def _extend_index(self, stop: Stop) -> None:
         """Puts the oldest commits that no page has into one, once they are many."""
