@@ -2,6 +2,7 @@
 #
 #   make demo     a task that fails, is retried and goes on; on a local folder, then on an S3 server
 #   make test     every test                      make test ARGS="-k prune"   some of them
+#   make test-datarax   Datarax's own pipelines, in an environment of their own (800 MB): .venv-datarax
 #   make check    linter, formatter, type checkers
 #   make bench    how fast it is, beside its peers (45 min)    make bench BENCH_ARGS="--quick"   (10 min)
 #   make clean    removes the environment and what tools left behind
@@ -17,12 +18,13 @@ PYTHON ?=
 ARGS ?=
 TORCH ?= yes
 AZURITE := 3.35.0
+DATARAX_VENV := .venv-datarax
 BENCH_VENV := .venv-bench
 BENCH_ARGS ?=
 BENCH_PEERS ?= flyte==2.12.1 torch==2.13.0 ray[train]==2.60.0
 SOURCES := taskckpt tests $(wildcard examples benchmarks)
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test test-datarax check format bench clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo
@@ -30,6 +32,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev $(VENV)/.azurite-$(AZURITE) $(if $(TORCH),$(VENV)/.torch)
 	$(BIN)/pytest -n auto --dist worksteal $(ARGS)
+
+test-datarax: $(DATARAX_VENV)/.datarax
+	$(DATARAX_VENV)/bin/python -m pytest -q tests/datarax tests/test_seed_datarax.py $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)
@@ -45,7 +50,7 @@ bench: $(BENCH_VENV)/.peers
 	$(BENCH_VENV)/bin/python -m benchmarks $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) dist build .hypothesis .mypy_cache .pytest_cache .ruff_cache .taskckpt
+	rm -rf $(VENV) $(DATARAX_VENV) $(BENCH_VENV) dist build .hypothesis .mypy_cache .pytest_cache .ruff_cache .taskckpt
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What is installed already is not installed again, until pyproject.toml or the list changes.
@@ -72,6 +77,12 @@ $(VENV)/.torch: tests/requirements-torch.txt | $(BIN)/python
 	@$(PIP) -r tests/requirements-torch.txt
 	@touch $@
 
+$(DATARAX_VENV)/.datarax: pyproject.toml tests/requirements-datarax.txt | $(DATARAX_VENV)/bin/python
+	@echo "installing Datarax into $(DATARAX_VENV) ..."
+	@$(DATARAX_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r tests/requirements-datarax.txt
+	@$(DATARAX_VENV)/bin/python -m pip install -qq --disable-pip-version-check -e . hypothesis pytest pytest-timeout
+	@touch $@
+
 # A peer that cannot be installed is left out, and its rows say so.
 $(BENCH_VENV)/.peers: pyproject.toml benchmarks/requirements.txt | $(BENCH_VENV)/bin/python
 	@echo "installing taskckpt and what it is compared with into $(BENCH_VENV) (1.5 GB, some minutes) ..."
@@ -83,7 +94,7 @@ $(BENCH_VENV)/.peers: pyproject.toml benchmarks/requirements.txt | $(BENCH_VENV)
 	@touch $@
 
 # A python3 may be too old, or a stub that does not start: take the first that runs and is new enough.
-$(VENV)/bin/python $(BENCH_VENV)/bin/python: %/bin/python:
+$(VENV)/bin/python $(DATARAX_VENV)/bin/python $(BENCH_VENV)/bin/python: %/bin/python:
 	@for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
 	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	    echo "making $* with $$python ..."; \

@@ -65,13 +65,13 @@ class SaveRequest(NamedTuple):
     """What is to be saved, beside the data.
 
     Attributes:
-        positions: Where the iterations of the task are at this moment; None: there are none.
+        positions: Tells where the iterations of the task are, when it comes to the commit; None: there are none.
         overwrite: Whether there may be a checkpoint of that step already.
         pin: Whether it is pinned from the start.
     """
 
     notes: Notes = NO_NOTES
-    positions: Mapping[str, Any] | None = None
+    positions: Callable[[], dict[str, Any]] | None = None
     overwrite: bool = False
     pin: bool = False
 
@@ -282,16 +282,19 @@ class Attempt:
         key_for = partial(log.next_payload_key, nonce)
         try:
             content, stored = _payload.upload(store, source, key_for, stop, report)
-            positions = self._store_positions(log, request.positions, key_for, stop)
+            positions = None if request.positions is None else request.positions()
+            stored_positions = self._store_positions(positions, key_for, stop)
         except NotFoundError:
             # A newer attempt removes what older ones have half uploaded: if that is why, say so.
             log.view(stop)
             raise
         uploaded = time.monotonic()
-        commit = log.commit(nonce, Saved(content, stored, request.notes, positions, request.pin), stop)
+        # An attempt that knows of no positions carries on what earlier ones left.
+        saved = Saved(content, stored, request.notes, stored_positions, positions is None, request.pin)
+        commit = log.commit(nonce, saved, stop)
         self.has_payload = True
-        if request.positions is not None:
-            self._positions = dict(request.positions)
+        if positions is not None:
+            self._positions = positions
         tell_saved(
             commit,
             self.dest.uri,
@@ -301,20 +304,21 @@ class Attempt:
         )
         return commit
 
-    def save_positions(self, positions: Mapping[str, Any], stop: Stop) -> None:
-        """Commits these positions of iterations, with the last payload again, or with none."""
+    def save_positions(self, look: Callable[[], dict[str, Any]], stop: Stop) -> None:
+        """Commits the positions of iterations, with the last payload again, or with none.
+
+        They are looked at when no other thread can commit any more, which may have later ones of its own.
+        """
         with self.holding(stop) as log, self._saving():
-            nonce = new_nonce()
-            stored = self._store_positions(log, positions, partial(log.next_payload_key, nonce), stop)
+            nonce, positions = new_nonce(), look()
+            stored = self._store_positions(positions, partial(log.next_payload_key, nonce), stop)
             if stored is not None:
                 log.move_on(nonce, stored, stop)
-            self._positions = dict(positions)
+            self._positions = positions
 
     def _store_positions(
-        self, log: TaskLog, positions: Mapping[str, Any] | None, key_for: Callable[[str], str], stop: Stop
+        self, positions: Mapping[str, Any] | None, key_for: Callable[[str], str], stop: Stop
     ) -> Stored | None:
-        if positions is None:  # this attempt knows of none: what earlier ones left is carried on
-            return None if log.position is None else log.position.positions
         if not positions:
             return None
         source = _payload.state_source(positions)

@@ -260,7 +260,7 @@ class Chain:
             if which is not None and origin.slot is None:
                 yield from (commits[info.slot] for info in which.order([info for info, _ in found]))
             else:
-                original = _original_of(origin, reader, view)
+                original = catalogue.original_of(reader, origin.slot or 0)
                 named = [one for one in everything.commits if one.original == original]
                 if not named:
                     raise _pruned(origin)
@@ -299,13 +299,6 @@ def _lost(
     if reader.look().top > view.top:
         raise LogMoved from error
     return CorruptCheckpointError(f"The payload of slot {commit.stamp.slot} is gone.", uri=error.uri)
-
-
-def _original_of(origin: Origin, reader: LogReader, view: View) -> int | None:
-    """The slot of the commit that first had the payload of the one that an origin names."""
-    assert origin.slot is not None
-    commits = [one for one in reader.read_slot(view, origin.slot) if isinstance(one, Commit)]
-    return commits[0].original if commits else origin.slot
 
 
 def _nowhere(

@@ -225,7 +225,7 @@ class Checkpoint(HistoryVerbs):
         if not attempt.open_store().list_below(LOG, first_page=True).names:
             run_folder, _, name = prefix.partition("/")
             store = open_store(root.child(run_folder), storage_options=options, timeout_s=timeout_s)
-            names = sorted({one.partition("/")[0] for one in store.list_below("").names})
+            names = sorted(store.folders(""))
             raise NotFoundError(
                 f"There is no task {name!r}.",
                 uri=attempt.dest.uri,
@@ -606,7 +606,6 @@ class Checkpoint(HistoryVerbs):
         self._positions.forget()
 
     def _end(self) -> None:
-        """The task call has ended."""
         self._attempt.end()
         self._later.end()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from taskckpt import _payload
 from taskckpt._attempt import Attempt
@@ -14,10 +16,13 @@ from taskckpt._log.catalogue import Retained
 from taskckpt._log.records import Commit
 from taskckpt._log.retention import Kept, Retention
 from taskckpt._operation import Stop
-from taskckpt._selection import CheckpointInfo, Selection, info_of, infos_of
-from taskckpt.errors import CorruptCheckpointError
+from taskckpt._selection import CheckpointInfo, info_of, infos_of, of_slot, of_step
+from taskckpt.errors import CorruptCheckpointError, NotFoundError, UsageError
 
 logger = logging.getLogger("taskckpt")
+
+# A step, or one of the checkpoints that were listed.
+Which: TypeAlias = int | CheckpointInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,33 +79,37 @@ class History:
 
     # --- to change -----------------------------------------------------------------------------
 
-    def pin(self, which: Selection, stop: Stop) -> CheckpointInfo:
+    def pin(self, which: Which, stop: Stop) -> CheckpointInfo:
         """Nothing deletes it until it is unpinned. See ``Checkpoint.pin_sync``."""
         return self._pin(which, stop, on=True)
 
-    def unpin(self, which: Selection, stop: Stop) -> CheckpointInfo:
+    def unpin(self, which: Which, stop: Stop) -> CheckpointInfo:
         """It stays no longer than others. See ``Checkpoint.unpin_sync``."""
         return self._pin(which, stop, on=False)
 
-    def _pin(self, which: Selection, stop: Stop, *, on: bool) -> CheckpointInfo:
+    def _pin(self, which: Which, stop: Stop, *, on: bool) -> CheckpointInfo:
         with self._attempt.holding(stop) as log:
-            info, commit = self._meant(which, stop)
-            assert log.newest is not None
-            before = log.newest.pinned
-            others = tuple(slot for slot in before if slot != commit.original)
-            pinned = (commit.original, *others) if on else others
-            newest = log.newest if set(pinned) == set(before) else log.annotate(stop, pinned=pinned)
+            log.view(stop, to_write=True)  # a newer attempt is met even where there is nothing to write
+            found = catalogue.everything(self._attempt.reader())
+            info, commit = self._meant(which, found)
+            newest, original = found.commits[0], commit.original
+            if (original in newest.pinned) != on:
+                newest = log.annotate(stop, pin=commit) if on else log.annotate(stop, unpin=original)
             logger.info("%s step %s of %s.", "Pinned" if on else "Unpinned", info.step, self._attempt.dest.uri)
             current = newest if commit.original == newest.original else commit
             return info_of(current, newest, self._attempt.dest.uri)
 
-    def rollback(self, which: Selection, stop: Stop) -> CheckpointInfo:
+    def rollback(self, which: Which, stop: Stop) -> CheckpointInfo:
         """It is the newest again. See ``Checkpoint.rollback_sync``."""
         with self._attempt.holding(stop) as log:
-            info, commit = self._meant(which, stop)
+            view = log.view(stop, to_write=True)
             reader = self._attempt.reader()
-            commit = whole(reader, reader.look(), commit)
-            _payload.verify(reader.store, commit, stop)
+            info, commit = self._meant(which, catalogue.everything(reader))
+            commit = whole(reader, view, commit)
+            try:
+                _payload.verify(reader.store, commit, stop)
+            except NotFoundError as error:
+                raise CorruptCheckpointError(f"Its payload is gone: {error.message}", uri=error.uri) from error
             positions = _payload.read_positions(reader.store, commit, stop)
             newest = log.go_back(commit, stop)
             self._attempt.went_back(newest, positions)
@@ -113,6 +122,7 @@ class History:
             found = catalogue.everything(self._attempt.reader())
             return self._decisions(found)
         with self._attempt.holding(stop) as log:
+            log.view(stop, to_write=True)
             decisions = self._decisions(catalogue.everything(self._attempt.reader()))
             if not all(one.keeps for one in decisions):
                 log.annotate(stop, prune=True)
@@ -132,10 +142,19 @@ class History:
             for info, commit in told
         ]
 
-    def _meant(self, which: Selection, stop: Stop) -> tuple[CheckpointInfo, Commit]:
-        told = self._all(stop)
+    def _meant(self, which: Which, found: Retained) -> tuple[CheckpointInfo, Commit]:
+        told = self._told(found)
         commits = {info.slot: commit for info, commit in told}
-        chosen = which.order([info for info, _ in told])
+        selection = of_slot(self._slot_now(which, commits)) if isinstance(which, CheckpointInfo) else of_step(which)
+        chosen = selection.order([info for info, _ in told])
         if not chosen:
-            raise which.not_among([info.step for info, _ in told if info.step is not None], self._attempt.dest.uri)
+            raise selection.not_among([info.step for info, _ in told if info.step is not None], self._attempt.dest.uri)
         return chosen[0], commits[chosen[0].slot]
+
+    def _slot_now(self, info: CheckpointInfo, commits: Mapping[int, Commit]) -> int:
+        """Where the checkpoint is that was in that slot: it may have been repeated since."""
+        place = f"{self._attempt.dest.uri}/"
+        if not info.uri.startswith(place):
+            raise UsageError("This checkpoint belongs to another task.", uri=info.uri, hint=f"Pass one of {place}.")
+        original = catalogue.original_of(self._attempt.reader(), info.slot)
+        return next((slot for slot, commit in commits.items() if commit.original == original), info.slot)

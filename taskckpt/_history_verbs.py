@@ -10,7 +10,7 @@ from taskckpt._attempt import Attempt
 from taskckpt._history import History, PruneDecision
 from taskckpt._later import Later
 from taskckpt._operation import Stop
-from taskckpt._selection import CheckpointInfo, of_step
+from taskckpt._selection import CheckpointInfo
 
 T = TypeVar("T")
 
@@ -55,44 +55,50 @@ class HistoryVerbs:
         """``latest_step_sync`` without blocking the event loop."""
         return await in_thread(self._history.latest_step)
 
-    def pin_sync(self, step: int) -> CheckpointInfo:
-        """The checkpoint of that step stays until it is unpinned (or all is cleared).
+    def pin_sync(self, which: int | CheckpointInfo) -> CheckpointInfo:
+        """That checkpoint stays until it is unpinned (or all is cleared).
+
+        Args:
+            which: Its step, or what ``checkpoints_sync`` said of it: not every one has a step.
 
         Raises:
             StepNotFoundError: There is none. The hint lists the steps there are.
             StaleAttemptError: A newer attempt has the task.
         """
-        return self._change(Stop(), partial(self._history.pin, of_step(step)), "pin")
+        return self._change(Stop(), partial(self._history.pin, which), "pin")
 
-    async def pin(self, step: int) -> CheckpointInfo:
+    async def pin(self, which: int | CheckpointInfo) -> CheckpointInfo:
         """``pin_sync`` without blocking the event loop."""
-        return await in_thread(partial(self._change, change=partial(self._history.pin, of_step(step)), verb="pin"))
+        return await in_thread(partial(self._change, change=partial(self._history.pin, which), verb="pin"))
 
-    def unpin_sync(self, step: int) -> CheckpointInfo:
-        """The checkpoint of that step stays no longer than others. Raises: as ``pin_sync``."""
-        return self._change(Stop(), partial(self._history.unpin, of_step(step)), "unpin")
+    def unpin_sync(self, which: int | CheckpointInfo) -> CheckpointInfo:
+        """That checkpoint stays no longer than others. Args and raises: as ``pin_sync``."""
+        return self._change(Stop(), partial(self._history.unpin, which), "unpin")
 
-    async def unpin(self, step: int) -> CheckpointInfo:
+    async def unpin(self, which: int | CheckpointInfo) -> CheckpointInfo:
         """``unpin_sync`` without blocking the event loop."""
-        return await in_thread(partial(self._change, change=partial(self._history.unpin, of_step(step)), verb="unpin"))
+        return await in_thread(partial(self._change, change=partial(self._history.unpin, which), verb="unpin"))
 
-    def rollback_sync(self, step: int) -> CheckpointInfo:
-        """The checkpoint of that step is the newest again: this and every later attempt goes on from it.
+    def rollback_sync(self, which: int | CheckpointInfo) -> CheckpointInfo:
+        """That checkpoint is the newest again: this and every later attempt goes on from it.
 
         What came after it is left behind: it is still there until ``keep`` drops it, and may be rolled back to.
+
+        Args:
+            which: As for ``pin_sync``.
 
         Raises:
             StepNotFoundError: There is none. The hint lists the steps there are.
             CorruptCheckpointError: It is damaged; nothing has changed.
             StaleAttemptError: A newer attempt has the task.
         """
-        rolled_back = self._change(Stop(), partial(self._history.rollback, of_step(step)), "roll back")
+        rolled_back = self._change(Stop(), partial(self._history.rollback, which), "roll back")
         self._loaded()
         return rolled_back
 
-    async def rollback(self, step: int) -> CheckpointInfo:
+    async def rollback(self, which: int | CheckpointInfo) -> CheckpointInfo:
         """``rollback_sync`` without blocking the event loop."""
-        change = partial(self._history.rollback, of_step(step))
+        change = partial(self._history.rollback, which)
         rolled_back = await in_thread(partial(self._change, change=change, verb="roll back"))
         self._loaded()
         return rolled_back

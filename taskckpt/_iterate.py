@@ -10,7 +10,6 @@ import copy
 import opcode
 import sys
 from collections.abc import AsyncIterator, Generator, Hashable
-from functools import partial
 from types import FrameType
 from typing import Generic, TypeVar
 
@@ -53,7 +52,7 @@ class Iterate(Generic[T]):
             source=known_as,
             identity={**known_as.identity, "fingerprint": copy.deepcopy(fingerprint)},
             name=DEFAULT_NAME if name is None else name,
-            place=_caller() if name is None else "named",
+            place=_caller() if name is None else None,
             epochs=epochs,
             policy=save_policy_of(every),
             attempt=attempt,
@@ -81,7 +80,7 @@ def _caller() -> Hashable:
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - as inspect.currentframe, without all its imports
     while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "taskckpt":
         frame = frame.f_back
-    return None if frame is None else (frame.f_code, frame.f_lasti)
+    return "" if frame is None else (frame.f_code, frame.f_lasti)
 
 
 # --- who drives a loop -------------------------------------------------------------------------
@@ -97,7 +96,8 @@ def _items(loop: Loop[T]) -> Generator[T]:
             yield box.pop()  # out of the box, so that nobody holds it but the body
             loop.take_back()
             if loop.is_due():
-                loop.commit(loop.to_commit(), Stop())
+                loop.prepare()
+                loop.commit(Stop())
         loop.finish(Stop())
     except GeneratorExit:
         if _is_break(loop, sys._getframe().f_back):  # noqa: SLF001
@@ -142,7 +142,8 @@ class _AsyncItems(AsyncIterator[T]):
         else:
             loop.take_back()
             if loop.is_due():
-                await in_thread(partial(loop.commit, loop.to_commit()))
+                loop.prepare()  # here, since it asks the source
+                await in_thread(loop.commit)
         if await loop.pull_async(self._box):
             return True
         await in_thread(loop.finish)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import count
+from types import FrameType
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from taskckpt._operation import Stop
@@ -36,7 +37,7 @@ class Keeper(Protocol):
         """Those of the checkpoint that it goes on from."""
         ...
 
-    def save_positions(self, positions: dict[str, Position], stop: Stop) -> None:
+    def save_positions(self, look: Callable[[], dict[str, Position]], stop: Stop) -> None:
         """Commits them, with the last payload again."""
         ...
 
@@ -75,7 +76,7 @@ class Iteration(Generic[T]):
         source: What it goes over.
         identity: What must be the same in a later attempt, as plain values by name.
         name: Of its position.
-        place: Where in the program it is.
+        place: If it was given no name: where in the program it is.
         epochs: How often it goes over the source.
         policy: When positions are committed, beside those that saves carry; None: see ``Loop.finish``.
         attempt: Whose positions these are.
@@ -86,7 +87,7 @@ class Iteration(Generic[T]):
     source: Source[T]
     identity: dict[str, object]
     name: str
-    place: Hashable
+    place: Hashable | None
     epochs: int
     policy: SavePolicy | None
     attempt: Keeper
@@ -173,7 +174,7 @@ class Loop(Generic[T]):
         found = what.positions.left_by(what.name, what.place)
         if found is not None:
             self._epoch = _Epoch(*restored(found, what.name, what.identity, what.epochs))
-            self._committed = self._reached
+            self._committed = self._reached if what.positions.is_committed(what.name) else None
         what.positions.enter(what.name, self)
         self._has_entered = True
         self._prefers_async = prefers_async
@@ -231,7 +232,7 @@ class Loop(Generic[T]):
 
     def _beside(self, body: _Body | None) -> _Body | None:
         """Loops that go in step. The one around this loop does not: its item is not done as long as this loop runs."""
-        beside = None
+        beside: _Body | None = None
         while body is not None:
             loop, item, body = body
             if loop != self._number and not _is_in(self._around, loop, item):
@@ -273,15 +274,20 @@ class Loop(Generic[T]):
     # --- positions -----------------------------------------------------------------------------
 
     def position(self) -> Position:
-        """Where it stands, for a save that is made here and now. Other threads call this, too."""
-        epoch, item = self._epoch, self._item
-        if self._is_out and _is_in(_body.get(), self._number, item):
-            mark = self._mark(epoch.done + 1)
-            self._carried = (item, mark)
-            self._cleared_at = None
-            return stored(epoch.number, epoch.done + 1, mark, self._what.identity)
-        mark = epoch.mark
+        """Where it stands: the item that is out is not done. Other threads call this, too."""
+        epoch = self._epoch
+        mark = epoch.mark  # before what is done: see there
         return stored(epoch.number, epoch.done, mark, self._what.identity)
+
+    def position_here(self) -> Position | None:
+        """Where it stands when the item that is out is done; None if this code does not run in its body."""
+        epoch, item = self._epoch, self._item
+        if not self._is_out or not _is_in(_body.get(), self._number, item) or _is_interrupting(self.consumer):
+            return None
+        mark = self._mark(epoch.done + 1)
+        self._carried = (item, mark)
+        self._cleared_at = None
+        return stored(epoch.number, epoch.done + 1, mark, self._what.identity)
 
     def _mark(self, done: int) -> Mark | None:
         """The state as it is now, when so many items have come out; or else the latest one."""
@@ -320,19 +326,18 @@ class Loop(Generic[T]):
             self._next_question = now + _PAUSE_S
         return self._schedule.should_save(self._item)
 
-    def to_commit(self) -> dict[str, Position]:
-        """Between two items: all positions, as they are now."""
+    def prepare(self) -> None:
+        """Between two items: what comes next is a commit."""
         self._epoch.mark = self._mark(self._epoch.done)
-        positions = self._what.positions.snapshot()
-        assert positions is not None
-        return positions
 
-    def commit(self, positions: dict[str, Position], stop: Stop) -> None:
-        """Commits them, with the last payload again. Blocks."""
+    def commit(self, stop: Stop) -> None:
+        """Commits all positions, with the last payload again. Blocks."""
         began = time.monotonic()
         try:
             self._what.attempt.expect_writable("save")
-            self._what.attempt.save_positions(positions, stop)
+            look = self._what.positions.snapshot()
+            assert look is not None
+            self._what.attempt.save_positions(look, stop)
         finally:
             if self._schedule is not None:
                 self._schedule.saved(time.monotonic() - began, None)
@@ -344,10 +349,12 @@ class Loop(Generic[T]):
 
         Without ``every=`` a payload stays together with its positions: then the next save carries them.
         """
-        self._what.positions.note_end(self._what.name, gave_items=self._item > 0)
+        if not self._item:
+            self._what.positions.expect_first_end(self._what.name)
         if self._is_to_commit():
             self._what.later.settle(stop)
-            self.commit(self.to_commit(), stop)
+            self.commit(stop)
+        self._what.positions.note_end(self._what.name)
 
     def break_off(self) -> None:
         """The loop was left by ``break`` or ``return``: the item that is out is done. Commits as at the end.
@@ -355,11 +362,11 @@ class Loop(Generic[T]):
         Nothing can be raised here, as Python is letting go of the loop. What was not committed comes again.
         """
         self.take_back()
-        self._epoch.mark = self._mark(self._epoch.done)
+        self.prepare()
         try:
             if self._is_to_commit() and self._carried[0] != self._item:
                 self._what.later.wait(None)
-                self.commit(self.to_commit(), Stop())
+                self.commit(Stop())
         except TaskckptError as error:
             logger.warning(
                 "The position of the iterate %r was not committed when its loop was left: %s: %s",
@@ -389,7 +396,22 @@ class Loop(Generic[T]):
         if self._has_entered:
             self._has_entered = False
             position = None if self._cleared_at == self._item else self.position()
-            self._what.positions.leave(self._what.name, position)
+            is_committed = self._committed == self._reached
+            self._what.positions.leave(self._what.name, position, is_committed=is_committed)
+
+
+def _is_interrupting(consumer: int | None) -> bool:
+    """Whether this code is called by a signal handler, in the middle of that frame's body or of a loop here.
+
+    Then the item is not done, whatever the handler saves. Python hands the frame that it interrupts to the handler.
+    """
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001
+    while frame is not None and id(frame) != consumer:
+        caller = frame.f_back
+        if caller is not None and any(value is caller for value in frame.f_locals.values()):
+            return True
+        frame = caller
+    return False
 
 
 def _is_in(body: _Body | None, loop: int, item: int) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from typing import Any, Protocol, TypeAlias, cast
 
 from taskckpt._sources import Mark
@@ -16,7 +17,11 @@ class Running(Protocol):
     """A loop that has begun and not ended."""
 
     def position(self) -> Position:
-        """Where it stands, for a save that is made here and now."""
+        """Where it stands: the item that is out is not done. Any thread may ask."""
+        ...
+
+    def position_here(self) -> Position | None:
+        """Where it stands when the item that is out is done; None if this code does not run in its body."""
         ...
 
     def forget(self) -> None:
@@ -35,24 +40,32 @@ class Positions:
         self._left: dict[str, dict[str, Position]] = {}  # empty until it is known what earlier loops left
         self._running: dict[str, Running] = {}
         self._places: dict[str, Hashable] = {}
+        self._committed: set[str] = set()
         self._ended: set[str] = set()
 
     # --- for Checkpoint ------------------------------------------------------------------------
 
-    def snapshot(self) -> dict[str, Position] | None:
-        """What a save that is made here and now carries; None if this process knows of no iterate at all.
+    def snapshot(self) -> Callable[[], dict[str, Position]] | None:
+        """What a save that begins here and now carries; None if this process knows of no iterate at all.
 
-        To be called in the thread, and in the asyncio task, that saves: an item in whose body that is counts as done.
+        To be called in the thread, and in the asyncio task, that saves: the item in whose body that is counts as done.
+        Where all others are is told by what this returns, when it comes to the commit: by then other threads may have
+        committed later ones.
         """
-        running = self._running.copy()  # first: a loop that ends leaves its position before it runs no more
-        left = self._left.get("")
-        if left is None:
+        if not self._left:
             return None
-        return left | {name: loop.position() for name, loop in running.items()}
+        running = self._running.copy()
+        here = {name: position for name, loop in running.items() if (position := loop.position_here()) is not None}
+        return partial(self._with, here)
+
+    def _with(self, here: dict[str, Position]) -> dict[str, Position]:
+        running = self._running.copy()  # first: a loop that ends leaves its position before it runs no more
+        return self._left[""] | {name: loop.position() for name, loop in running.items()} | here
 
     def adopt(self, found: Mapping[str, Position]) -> None:
         """A checkpoint was loaded, with these. Loops that run go on from where they are."""
         self._left[""] = dict(found)
+        self._committed = set(found)
         self._ended.clear()
 
     def forget(self) -> None:
@@ -70,21 +83,22 @@ class Positions:
 
     def learn(self, found: Mapping[str, Position]) -> None:
         """The store has these, if that was not known yet."""
-        self._left.setdefault("", dict(found))
+        if self._left.setdefault("", given := dict(found)) is given:
+            self._committed = set(given)
 
-    def left_by(self, name: str, place: Hashable) -> Position | None:
+    def left_by(self, name: str, place: Hashable | None) -> Position | None:
         """Where the last loop of this name stopped; None if there was none.
 
         Args:
             name: Of the iterate.
-            place: Where in the program it is, or anything else by which to know it again.
+            place: Of one that was given no name: where it is in the program, by which it is known again.
 
         Raises:
-            UsageError: Another iterate has this name.
+            UsageError: There is another one that was given no name.
         """
-        if self._places.setdefault(name, place) != place:
+        if place is not None and self._places.setdefault(name, place) != place:
             raise UsageError(
-                f"Two iterates of this task are both named {name!r}: they would share one position.",
+                "Two iterates of this task have no name: they would share one position.",
                 hint="Name them: cp.iterate(..., name='train') and cp.iterate(..., name='test').",
             )
         return self._left.get("", {}).get(name)
@@ -101,28 +115,37 @@ class Positions:
                 hint="Give those that run at the same time different names: cp.iterate(..., name='left').",
             )
 
-    def leave(self, name: str, position: Position | None) -> None:
+    def leave(self, name: str, position: Position | None, *, is_committed: bool) -> None:
         """A loop that had entered has ended; the next one of this name goes on from there. None: from the start."""
         if position is not None:
             self._left.setdefault("", {})[name] = position
+        (self._committed.add if is_committed else self._committed.discard)(name)
         del self._running[name]
 
-    def note_end(self, name: str, *, gave_items: bool) -> None:
-        """A loop has come to the end of all items. If there were none for it, it may wonder why.
+    def is_committed(self, name: str) -> bool:
+        """Whether the store has what the last loop of this name left."""
+        return name in self._committed
+
+    def expect_first_end(self, name: str) -> None:
+        """A loop has got no items, because there are no more: the first one may, the next one would wonder why.
 
         Raises:
-            UsageError: There were none because another loop has come to the end, since the last load.
+            UsageError: Another one has noted the end, and nothing was loaded since then.
         """
-        if name in self._ended and not gave_items:
+        if name in self._ended:
             raise UsageError(
                 f"The iterate {name!r} has come to its end: this second loop over it would get no items.",
                 hint="For several epochs: cp.iterate(..., epochs=3). For several loops: a name for each. "
                 "To do all of it again: cp.clear().",
             )
+
+    def note_end(self, name: str) -> None:
+        """A loop has come to the end, and that is committed if it is to be."""
         self._ended.add(name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _copy, (self.snapshot(),)
+        look = self.snapshot()
+        return _copy, (None if look is None else look(),)
 
 
 def _copy(found: dict[str, Position] | None) -> Positions:
@@ -149,11 +172,12 @@ def restored(position: Position, name: str, identity: dict[str, object], epochs:
     Raises:
         IdentityMismatchError: It is not, or it lies beyond ``epochs``.
     """
+    mark: Mark | None = None
     match position:
         case {"source": dict(saved), "epoch": int(epoch), "done": int(done), "state": state, "state_after": int(after)}:
             mark = Mark(after, state)
         case {"source": dict(saved), "epoch": int(epoch), "done": int(done)} if "state" not in position:
-            mark = None
+            pass
         case _:
             raise UnsupportedFormatError(
                 f"The position of the iterate {name!r} cannot be understood.",

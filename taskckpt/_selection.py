@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from math import isnan
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from taskckpt._arguments import checked_step
 from taskckpt._keep import Mode
 from taskckpt._layout import slot_key
 from taskckpt._log.records import Commit, Json, Kind
 from taskckpt.errors import StepNotFoundError, UsageError, UsageTypeError
+
+NOTHING_SAID: Mapping[str, Any] = MappingProxyType({})
 
 # A hint that lists more steps than this shows the first and the last ones.
 MOST_LISTED = 20
@@ -28,7 +30,7 @@ class CheckpointInfo:
         slot: Its place in the task's log: a higher one was committed later.
         step: As it was saved; None without one.
         attempt: Which attempt saved it, counted from 0; None if nobody knew.
-        time: When it was saved, in UTC.
+        time: When it was saved, in UTC; the earliest time there is if the record does not tell.
         kind: ``bytes``, ``file``, ``folder``, ``state``; or ``nothing``: only positions of iterations.
         name: What the file or folder was called.
         size_bytes: Of the content.
@@ -71,17 +73,25 @@ def info_of(commit: Commit, newest: Commit, place: str) -> CheckpointInfo:
         slot=commit.stamp.slot,
         step=commit.notes.step,
         attempt=attempt if isinstance(attempt, int) else None,
-        time=datetime.fromisoformat(commit.stamp.time if commit.repeats is None else commit.repeats.time),
+        time=_time_of(commit.stamp.time if commit.repeats is None else commit.repeats.time),
         kind=commit.content.kind,
         name=commit.content.name,
         size_bytes=commit.content.digest.size_bytes,
         stored_bytes=commit.stored.digest.size_bytes,
-        metadata=MappingProxyType(dict(commit.notes.metadata)),
-        metrics=MappingProxyType(dict(commit.notes.metrics)),
+        metadata=MappingProxyType(commit.notes.metadata) if commit.notes.metadata else NOTHING_SAID,
+        metrics=MappingProxyType(commit.notes.metrics) if commit.notes.metrics else NOTHING_SAID,
         pinned=commit.original in newest.pinned,
         resumed_from=f"{place}/{slot_key(source)}" if isinstance(source, int) else source,
         in_lineage=newest.lineage.has(commit.stamp.slot),
     )
+
+
+def _time_of(text: str) -> datetime:
+    """Nothing is decided from it, so one that cannot be read is no reason to fail."""
+    try:
+        return datetime.fromisoformat(text).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return datetime.min.replace(tzinfo=UTC)
 
 
 def infos_of(commits: Sequence[Commit], place: str) -> list[tuple[CheckpointInfo, Commit]]:

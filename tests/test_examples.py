@@ -189,6 +189,35 @@ def test_plain_script_in_the_loop_of_its_docstring() -> None:
     assert starts[0] == 0 < starts[1]
 
 
+# --- pipeline_stages.py
+
+
+def test_pipeline_stages_goes_on_in_the_stage_that_was_killed() -> None:
+    lines = run("pipeline_stages.py")
+    assert lines[:7] == [
+        "a process that dies:",
+        *("ingest runs", "clean runs"),
+        "a process that lives:",
+        *("clean runs", "train runs"),
+        "model: 2.5",
+    ]
+    assert [line.split()[:2] for line in lines[8:]] == [[name, "done"] for name in ("ingest", "clean", "train")]
+
+
+# --- resumable_iterator.py
+
+
+def test_resumable_iterator_gives_each_batch_once_although_it_is_killed() -> None:
+    lines = run("resumable_iterator.py")
+    assert [line for line in lines if ": " not in line] == [
+        "a process that is killed after 3 batches",
+        "a process that is killed after 5 batches",
+        "a process that lives",
+        "The same 12 batches as without the kills.",
+    ]
+    assert [line.split(": ")[0] for line in lines if ": " in line] == [f"batch {number}" for number in range(1, 13)]
+
+
 # --- pytorch_task.py
 
 
@@ -202,3 +231,18 @@ def test_pytorch_task_that_is_killed_gives_the_same_losses() -> None:
         "pytorch-killed: resumes after epoch 5",
     ]
     assert lines[-1] == "The same 12 losses, to the last bit, as without the kill."
+
+
+# --- dataloader_mid_epoch.py
+
+
+@pytest.mark.timeout(90)
+def test_dataloader_that_is_killed_in_the_middle_of_an_epoch_gives_the_same_losses() -> None:
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("torchdata") is None:
+        pytest.skip("NOT TESTED: needs torchdata (pip install -r tests/requirements-torch.txt)")
+    lines = run("dataloader_mid_epoch.py", timeout_s=80)
+    assert lines == [
+        "loader-killed: killed after batch 23",
+        "loader-killed: resumes after batch 18",
+        "The same 32 losses, to the last bit, as without the kill.",
+    ]

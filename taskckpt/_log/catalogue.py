@@ -107,6 +107,12 @@ def retained(reader: LogReader, view: View, newest: Commit) -> Retained:
     return Retained([commits[slot] for slot in sorted(commits, reverse=True)], damaged)
 
 
+def original_of(reader: LogReader, slot: int) -> int:
+    """The slot of the commit that first had the payload of the one in ``slot``, as long as that record is there."""
+    found = _at_rest(reader, lambda view: reader.read_slot(view, slot))
+    return next((one.original for one in found if isinstance(one, Commit)), slot)
+
+
 def after(reader: LogReader, view: View, newest: Commit, slot: int, known: Mapping[int, Commit]) -> list[Commit]:
     """The retained commits above a slot that can be read, oldest first. Those that are ``known`` are not read."""
     slots = [one for one in view.slots if slot < one <= newest.stamp.slot and newest.retains(one)]

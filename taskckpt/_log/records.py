@@ -92,6 +92,9 @@ class Notes:
 
 NO_NOTES = Notes()
 
+# Ranges of slots, first and last.
+Spans: TypeAlias = tuple[tuple[int, int], ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
@@ -102,7 +105,7 @@ class Lineage:
         highest_step: The highest step in the lineage, this commit's included; None without steps.
     """
 
-    left_behind: tuple[tuple[int, int], ...] = ()
+    left_behind: Spans = ()
     highest_step: int | None = None
 
     def has(self, slot: int) -> bool:
@@ -276,23 +279,27 @@ def _claim_to_json(claim: ClaimId) -> dict[str, Any]:
 
 def _commit_to_json(commit: Commit) -> dict[str, Any]:
     """The fields of a commit. What says nothing is left out, but for those that were there from the beginning."""
-    history: dict[str, Any] = {
-        "left_behind": [list(span) for span in commit.lineage.left_behind],
-        "highest_step": commit.lineage.highest_step,
-        "pinned": list(commit.pinned),
-        "repeats": None if commit.repeats is None else _origin_to_json(commit.repeats),
-        "continues_from": list(commit.continues_from),
-    }
-    if commit.catalogued != Catalogued():
-        history["catalogued"] = {"through": commit.catalogued.through, "more": commit.catalogued.more}
-    return {
+    result: dict[str, Any] = {
         "checkpoint": _checkpoint_to_json(commit),
         "previous": commit.previous,
         "resumed_from": commit.resumed_from,
         "count": commit.count,
         "floor": commit.floor,
         "kept": list(commit.kept),
-    } | {name: value for name, value in history.items() if value not in (None, [])}
+    }
+    if commit.lineage.left_behind:
+        result["left_behind"] = [list(span) for span in commit.lineage.left_behind]
+    if commit.lineage.highest_step is not None:
+        result["highest_step"] = commit.lineage.highest_step
+    if commit.pinned:
+        result["pinned"] = list(commit.pinned)
+    if commit.repeats is not None:
+        result["repeats"] = _origin_to_json(commit.repeats)
+    if commit.catalogued.through or commit.catalogued.more:
+        result["catalogued"] = {"through": commit.catalogued.through, "more": commit.catalogued.more}
+    if commit.continues_from:
+        result["continues_from"] = list(commit.continues_from)
+    return result
 
 
 def _origin_to_json(origin: Origin) -> dict[str, Any]:
@@ -589,7 +596,7 @@ class _Reader:
     def slot_or_uri(self, name: str) -> int | str:
         return self.string(name) if isinstance(self.values.get(name), str) else self.integer(name)
 
-    def spans(self, name: str) -> tuple[tuple[int, int], ...]:
+    def spans(self, name: str) -> Spans:
         """Pairs of numbers; none if the field is not there."""
         pairs = [] if self.values.get(name) is None else self._typed(name, list)
         found = [_Reader({"span": pair}).integers("span") for pair in pairs]

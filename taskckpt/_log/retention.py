@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from taskckpt._keep import KeepPolicy, decide
+from taskckpt._keep import KeepPolicy, LatestN, decide
 from taskckpt._layout import claim_of_payload
 from taskckpt._log.records import Commit, Lineage
 
@@ -70,6 +70,10 @@ class Retention:
         self._floor, self._below = (0, ()) if head is None else (head.floor, head.kept)
         self.pinned: tuple[int, ...] = () if head is None else head.pinned
 
+    def __len__(self) -> int:
+        """How many commits are known."""
+        return len(self._known)
+
     @property
     def newest(self) -> int | None:
         """The slot of the newest commit, if there is one."""
@@ -93,8 +97,17 @@ class Retention:
         """
         if self._policy is None:
             return self.plan_all(new)
+        if isinstance(self._policy, LatestN) and protected is None and self._is_plain:
+            return Plan(
+                new.slot, _descending((*self._unknown, *(one.slot for one in self._known[: self._policy.n - 1])))
+            )
         stay = set(self.reasons(new, pinned, protected, lineage)) - {new.slot}
         return Plan(new.slot, _descending(stay.union(self._unknown)))
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether nothing is pinned or repeated, so that the newest are simply the first."""
+        return not self.pinned and all(one.original == one.slot for one in self._known)
 
     def plan_all(self, new: Kept) -> Plan:
         """What a commit retains that only repeats another one: everything, but for the newest if it repeats that."""
@@ -114,7 +127,7 @@ class Retention:
         known = sorted(chosen.values(), key=lambda one: -one.slot)
         reasons = {one.slot: "the attempt resumed from it" for one in known if one.original == protected}
         reasons |= {one.slot: "pinned" for one in known if one.original in pinned}
-        return decide(self._policy, known) | reasons
+        return reasons | decide(self._policy, known)
 
     def committed(self, commit: Commit) -> list[Kept]:
         """Takes a commit in that exists now; gives those that are retained no more."""
@@ -124,9 +137,11 @@ class Retention:
                 self._floor, self._below = commit.floor, commit.kept
             self._known = [Kept.of(commit)]  # all of them stay, so only the newest is ever asked for
             return []
-        before = self._known
-        self._known = [Kept.of(commit), *(one for one in before if commit.retains(one.slot))]
-        return [one for one in before if not commit.retains(one.slot)]
+        stays, gone = [Kept.of(commit)], list[Kept]()
+        for one in self._known:
+            (stays if commit.retains(one.slot) else gone).append(one)
+        self._known = stays
+        return gone
 
     def cleared(self) -> list[Kept]:
         """Forgets everything; gives what was known."""

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from taskckpt._layout import SlotName, slot_key
 from taskckpt._log import records as _records
-from taskckpt._log.history import LogMoved, LogReader, Survey, View
+from taskckpt._log.history import Damaged, LogMoved, LogReader, Survey, View
 from taskckpt._log.records import Claim, ClaimId, Clear, Commit, Join, Record, Stamp
 from taskckpt._operation import Stop
 from taskckpt._stores import Store
@@ -144,7 +144,18 @@ class SlotWriter:
             return self._take(survey, stop)
         if survey.owner is not None and survey.owner.nonce != self._nonce:
             raise self._fence_if_confirmed(survey)
+        self._meet_own(view)
         return view
+
+    def _meet_own(self, view: View) -> None:
+        """Records of this writer whose outcome was unknown, and that are there: known before anything is decided."""
+        while self._last < view.top:
+            found = self.reader.read_slot(view, self._last + 1)
+            own = [one for one in found if not isinstance(one, Damaged) and one.stamp.writer == self._writer]
+            if not own:
+                return
+            self._last += 1
+            self._met_own(own[0])
 
     def _expect_nothing_new(self, survey: Survey) -> None:
         """A load that was not allowed to claim gave a state; whoever wrote since then took the task over."""

@@ -28,13 +28,14 @@ from taskckpt._log.records import (
     Notes,
     Origin,
     Record,
+    Spans,
     Stored,
 )
-from taskckpt._log.retention import RECORD_BATCH, Kept, Plan, Retention, dead_payloads, dead_records
+from taskckpt._log.retention import RECORD_BATCH, UNBROKEN, Kept, Plan, Retention, dead_payloads, dead_records
 from taskckpt._log.slots import MAX_ROUNDS, SlotWriter, merged, new_nonce
 from taskckpt._operation import Stop
 from taskckpt._stores import Store
-from taskckpt.errors import StaleAttemptError, TaskckptError
+from taskckpt.errors import NotFoundError, StaleAttemptError, TaskckptError
 
 logger = logging.getLogger("taskckpt")
 
@@ -47,6 +48,7 @@ class Saved:
     stored: Stored
     notes: Notes = NO_NOTES
     positions: Stored | None = None
+    carries_positions: bool = False  # those of what the attempt goes on from
     pin: bool = False
 
 
@@ -82,7 +84,7 @@ class TaskLog(SlotWriter):
         self._position: Commit | None = None
         self._resumed_from = resumed_from
         self._went_back = False
-        self._stays_back = False  # while a commit is added that is not what this attempt goes on from
+        self._annotations: set[str] = set()  # nonces of own commits that are not what this attempt goes on from
         self._newest: Commit | None = None
         self._count = 0
         self._adopted = 0
@@ -97,9 +99,11 @@ class TaskLog(SlotWriter):
     def _took_over(self, claim: ClaimId, survey: Survey) -> None:
         self._retention, self._dropped = None, []
         head = self._newest = survey.head if isinstance(survey.head, Commit) else None
-        if not self._went_back:
-            self._position = head
+        if not self._went_back or head is None:
+            self._position, self._went_back = head, False
             self._count = head.count if head is not None and head.stamp.claim == claim else 0
+        elif self._position is not None and self._position.original == head.original:
+            self._position = head
 
     def _met_own(self, record: Record) -> None:
         if isinstance(record, Commit):
@@ -159,29 +163,32 @@ class TaskLog(SlotWriter):
             CommitUnknownError: The store did not tell; the next save of this process settles it.
         """
 
-        def build(slot: int) -> Commit:
-            position, retention = self._position, self._retained()
-            new = Kept(slot, (), slot, saved.notes.step, saved.notes.metrics)
-            plan = retention.plan(new, retention.pinned, self.protected, Lineage(self._left_behind(position)))
-            source = self._resumed_from
-            return Commit(
-                self._stamp(slot, self._own_claim(), save_nonce),
-                content=saved.content,
-                stored=saved.stored,
-                previous=None if position is None else position.stamp.slot,
-                resumed_from=source.stamp.slot if isinstance(source, Commit) else source,
-                count=self._count + 1,
-                floor=plan.floor,
-                kept=plan.kept,
-                notes=saved.notes,
-                lineage=self._lineage_from(position, plan, saved.notes.step),
-                pinned=(slot, *retention.pinned) if saved.pin else retention.pinned,
-                positions=saved.positions,
-                catalogued=self._catalogued(),
-                continues_from=() if saved.content.kind != "nothing" else self._sources_of_payload(),
-            )
+        own_keys = [key for one in (saved.stored, saved.positions) if one and (key := one.key)]
+        return self._add(lambda slot: self._new(slot, save_nonce, saved), own_keys, stop)
 
-        return self._add(build, [key for one in (saved.stored, saved.positions) if one and (key := one.key)], stop)
+    def _new(self, slot: int, save_nonce: str, saved: Saved) -> Commit:
+        position, retention = self._position, self._retained()
+        new = Kept(slot, (), slot, saved.notes.step, saved.notes.metrics)
+        plan = retention.plan(new, retention.pinned, self.protected, self._ancestry(position))
+        source, positions = self._resumed_from, saved.positions
+        if saved.carries_positions and position is not None and position.positions is not None:
+            positions = self._expect_retained(position).positions
+        return Commit(
+            self._stamp(slot, self._own_claim(), save_nonce),
+            content=saved.content,
+            stored=saved.stored,
+            previous=None if position is None else position.stamp.slot,
+            resumed_from=source.stamp.slot if isinstance(source, Commit) else source,
+            count=self._count + 1,
+            floor=plan.floor,
+            kept=plan.kept,
+            notes=saved.notes,
+            lineage=self._lineage_from(position, plan, saved.notes.step),
+            pinned=(slot, *retention.pinned) if saved.pin else retention.pinned,
+            positions=positions,
+            catalogued=self._catalogued(),
+            continues_from=() if saved.content.kind != "nothing" else self._sources_of_payload(),
+        )
 
     def go_back(self, commit: Commit, stop: Stop) -> Commit:
         """Repeats an older commit, which must be whole: what came after it is left behind.
@@ -189,65 +196,85 @@ class TaskLog(SlotWriter):
         It stays until two newer ones exist. Raises: as ``commit``.
         """
         self._resumed_from, self._count = commit, 0
-        return self._repeat(commit, new_nonce(), stop)
+        nonce = new_nonce()
+        return self._add(lambda slot: self._repeated(commit, slot, nonce), [], stop)
 
     def move_on(self, save_nonce: str, positions: Stored, stop: Stop) -> Commit:
-        """Commits the payload of the newest commit again, or nothing, with new positions. Raises: as ``commit``."""
-        if self._position is None:
-            return self.commit(save_nonce, replace(NOTHING, positions=positions), stop)
-        return self._repeat(self._position, save_nonce, stop, positions=positions)
+        """Commits the payload that the attempt goes on from again, or nothing, with new positions.
 
-    def annotate(self, stop: Stop, *, pinned: tuple[int, ...] | None = None, prune: bool = False) -> Commit:
+        Raises: as ``commit``; NotFoundError if a sibling dropped that payload.
+        """
+
+        # Asked at each try: an earlier save may turn out to have been made, or a sibling have saved.
+        def build(slot: int) -> Commit:
+            if self._position is None:
+                return self._new(slot, save_nonce, replace(NOTHING, positions=positions))
+            return self._repeated(self._position, slot, save_nonce, positions=positions)
+
+        return self._add(build, [positions.key] if positions.key else [], stop)
+
+    def annotate(
+        self, stop: Stop, *, pin: Commit | None = None, unpin: int | None = None, prune: bool = False
+    ) -> Commit:
         """Repeats the newest commit, which there must be, with other bookkeeping.
 
         Args:
             stop: Looked at before the write.
-            pinned: What is pinned from now on, by the slots of the originals.
+            pin: A commit that is pinned from now on.
+            unpin: The original slot of one that is no longer.
             prune: Drop what the policy does not keep.
 
         Raises:
-            As ``commit``.
+            NotFoundError: A sibling dropped it, or cleared all, meanwhile.
+            Others: As ``commit``.
         """
-        assert self._newest is not None
-        self._stays_back = self._went_back
-        try:
-            return self._repeat(self._newest, new_nonce(), stop, pinned=pinned, prune=prune)
-        finally:
-            self._stays_back = False
+        nonce = new_nonce()
+        self._annotations.add(nonce)
 
-    def _repeat(
+        def build(slot: int) -> Commit:
+            return self._repeated(self._newest, slot, nonce, pin=pin, unpin=unpin, prune=prune)
+
+        return self._add(build, [], stop)
+
+    def _repeated(
         self,
-        commit: Commit,
+        commit: Commit | None,
+        slot: int,
         nonce: str,
-        stop: Stop,
         *,
-        pinned: tuple[int, ...] | None = None,
+        pin: Commit | None = None,
+        unpin: int | None = None,
         positions: Stored | None = None,
         prune: bool = False,
     ) -> Commit:
-        about = commit.stamp.about
-        origin = commit.repeats or Origin(commit.stamp.slot, commit.stamp.time, about, commit.resumed_from)
+        retention, commit = self._retained(), self._expect_retained(commit)
+        if pin is not None and pin.original != commit.original:
+            self._expect_retained(pin)
+        stamp = commit.stamp
+        origin = commit.repeats or Origin(stamp.slot, stamp.time, stamp.about, commit.resumed_from)
+        new = replace(Kept.of(commit), slot=slot)
+        others = tuple(original for original in retention.pinned if original not in (pin and pin.original, unpin))
+        pins = others if pin is None else (pin.original, *others)
+        ancestry = self._ancestry(commit)
+        plan = retention.plan(new, pins, self.protected, ancestry) if prune else retention.plan_all(new)
+        return replace(
+            commit,
+            stamp=self._stamp(slot, self._own_claim(), nonce),
+            count=self._count,
+            floor=plan.floor,
+            kept=plan.kept,
+            lineage=self._lineage_from(commit, plan, None),
+            pinned=pins,
+            repeats=origin,
+            positions=positions or commit.positions,
+            catalogued=self._catalogued(),
+        )
 
-        def build(slot: int) -> Commit:
-            retention = self._retained()
-            new = replace(Kept.of(commit), slot=slot)
-            pins = retention.pinned if pinned is None else pinned
-            lineage = Lineage(self._left_behind(commit))
-            plan = retention.plan(new, pins, self.protected, lineage) if prune else retention.plan_all(new)
-            return replace(
-                commit,
-                stamp=self._stamp(slot, self._own_claim(), nonce),
-                count=self._count,
-                floor=plan.floor,
-                kept=plan.kept,
-                lineage=self._lineage_from(commit, plan, None),
-                pinned=pins,
-                repeats=origin,
-                positions=positions or commit.positions,
-                catalogued=self._catalogued(),
-            )
-
-        return self._add(build, [key for key in (positions and positions.key,) if key], stop)
+    def _expect_retained(self, commit: Commit | None) -> Commit:
+        """What a sibling dropped since it was read must not be named again: its payload may be deleted by now."""
+        if commit is None or self._newest is None or not self._newest.retains(commit.stamp.slot):
+            raise NotFoundError("This checkpoint was dropped meanwhile.", uri=self._store.uri, hint="Look again.")
+        return commit
 
     def _add(self, build: Callable[[int], Commit], own_keys: list[str], stop: Stop) -> Commit:
         try:
@@ -265,18 +292,26 @@ class TaskLog(SlotWriter):
 
     def _lineage_from(self, position: Commit | None, plan: Plan, step: int | None) -> Lineage:
         """Of a commit that goes on from ``position``: whatever was committed since then is left behind."""
-        lowest = min((plan.floor, *plan.kept))
-        spans = tuple(span for span in self._left_behind(position) if span[1] >= lowest)
-        steps = (None if position is None else position.lineage.highest_step, step)
-        return Lineage(spans, max((one for one in steps if one is not None), default=None))
-
-    def _left_behind(self, position: Commit | None) -> tuple[tuple[int, int], ...]:
         if position is None:
-            return ()
+            return Lineage(highest_step=step)
+        spans, highest = self._left_behind(position), position.lineage.highest_step
+        if spans:
+            lowest = min((plan.floor, *plan.kept))
+            spans = tuple(span for span in spans if span[1] >= lowest)
+        if step is not None:
+            highest = step if highest is None else max(highest, step)
+        return Lineage(spans, highest) if spans or highest is not None else UNBROKEN
+
+    def _left_behind(self, position: Commit) -> Spans:
         spans, newest = position.lineage.left_behind, self._newest
         if newest is None or newest.stamp.slot <= position.stamp.slot:
             return spans
         return (*spans, (position.stamp.slot + 1, newest.stamp.slot))
+
+    def _ancestry(self, position: Commit | None) -> Lineage:
+        """Of what a commit that goes on from ``position`` retains, which is not known yet."""
+        spans = () if position is None else self._left_behind(position)
+        return Lineage(spans) if spans else UNBROKEN
 
     def _sources_of_payload(self) -> tuple[str, ...]:
         before = self._survey.continues_from if self._survey is not None else ()
@@ -344,7 +379,8 @@ class TaskLog(SlotWriter):
         retention = self._retained()
         dropped = retention.committed(commit)
         self._newest = commit
-        if not self._stays_back:
+        is_elsewhere = self._position is not None and self._position.original != commit.original
+        if commit.stamp.nonce not in self._annotations or not is_elsewhere:
             self._position, self._went_back = commit, False
         self._count = commit.count
         self._drop(dropped)
@@ -358,7 +394,9 @@ class TaskLog(SlotWriter):
 
     def _settle(self, slot: int, but: Commit | None = None) -> None:
         """A slot is filled: earlier saves that might have got it did not, so their payloads go."""
-        lost = [record for record in self._unsettled if record.stamp.slot <= slot and record != but]
+        # Not by their equality: a metric that is NaN is unequal to itself.
+        settled = None if but is None else but.stamp.nonce
+        lost = [one for one in self._unsettled if one.stamp.slot <= slot and one.stamp.nonce != settled]
         self._unsettled = [record for record in self._unsettled if record.stamp.slot > slot]
         # What such a record repeats, others have as well: only what was written for itself goes.
         self._delete_quietly([key for record in lost for key in record.keys if record.stamp.nonce in key])
@@ -372,11 +410,15 @@ class TaskLog(SlotWriter):
         """Puts the oldest commits that no page has into one, once they are many."""
         newest = self._newest
         assert newest is not None
-        self._unindexed[newest.stamp.slot] = catalogue.without_inline(newest)
+        retention = self._retained()
+        if self._policy is not None and len(retention) < PAGE_COMMITS // 2:
+            return  # so few that no page is in sight
+        inline = newest.stored.inline
+        self._unindexed[newest.stamp.slot] = catalogue.without_inline(newest) if inline else newest
         if len(self._unindexed) > 2 * PAGE_COMMITS:
             self._unindexed = {slot: one for slot, one in self._unindexed.items() if newest.retains(slot)}
         through = newest.catalogued.through
-        more = newest.catalogued.more or len(self._retained().slots_after(through))
+        more = newest.catalogued.more or len(retention.slots_after(through))
         if more < PAGE_COMMITS or self._index_failed_at + PAGE_COMMITS > self._last:
             return
         try:

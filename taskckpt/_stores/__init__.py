@@ -1,4 +1,4 @@
-"""What the core asks of a store: eight verbs, rooted at a task's prefix; and which store a URI means.
+"""What the core asks of a store: ten verbs, rooted at a task's prefix; and which store a URI means.
 
 Keys are relative to the root and come from ``_layout``. All verbs are synchronous, safe to call from
 several threads, and raise only errors of ``taskckpt.errors``; passing faults have been retried by then.
@@ -67,6 +67,14 @@ class Store(Protocol):
 
         ``first_page`` allows to stop after the first page in ascending order of names.
         """
+        ...
+
+    def sizes_below(self, folder: str) -> dict[str, int]:
+        """The same objects, each with its size in bytes."""
+        ...
+
+    def folders(self, folder: str) -> list[str]:
+        """Names of the folders right below a folder, sorted; an absent folder has none. ``""`` is the root."""
         ...
 
     def read(self, key: str) -> bytes:

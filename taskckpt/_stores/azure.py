@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from taskckpt._layout import DATA
 from taskckpt._operation import Stop, ordered_map
-from taskckpt._stores import FIRST_PAGE, Listing
+from taskckpt._stores import FIRST_PAGE
 from taskckpt._stores.fsspec import FileSystem, FsspecStore, in_loop_of, new_filesystem
 from taskckpt._stores.s3 import CONNECT_TIMEOUT_S, MIB, READ_TIMEOUT_S, regrouped
 from taskckpt.errors import NotFoundError, TaskckptError
@@ -70,18 +70,34 @@ class AzureStore(FsspecStore):
 
     # --- reading -------------------------------------------------------------------------------
 
-    def list_below(self, folder: str, *, first_page: bool = False) -> Listing:
-        prefix = self._key(folder) + "/"
-        names: list[str] = []
+    def _list(self, folder: str, *, first_page: bool = False) -> tuple[dict[str, int], bool]:
+        prefix = self._folder_key(folder)
+        sizes: dict[str, int] = {}
         token: str | None = None
         while True:
             most = FIRST_PAGE if first_page else PAGE
             found, token = self._azure(folder, self._page, prefix, token, ["metadata"], most)
             page = [blob.name.removeprefix(prefix) for blob in found]
-            names += [name for name, blob in zip(page, found, strict=True) if not _is_folder(blob)]
+            sizes |= {name: int(blob.size) for name, blob in zip(page, found, strict=True) if not _is_folder(blob)}
             # Accounts with real folders do not promise an order: there the first page proves nothing.
-            if not token or (first_page and names and page == sorted(page)):
-                return Listing(names, complete=not token)
+            if not token or (first_page and sizes and page == sorted(page)):
+                return sizes, not token
+
+    def folders(self, folder: str) -> list[str]:
+        names: set[str] = set()
+        token: str | None = None
+        while True:
+            found, token = self._azure(folder, self._page_of_folders, folder, token)
+            names |= {name.removeprefix(self._folder_key(folder)).rstrip("/") for name in found}
+            if not token:
+                return sorted(names - {""})
+
+    async def _page_of_folders(self, folder: str, token: str | None) -> tuple[list[str], str | None]:
+        listing = self._container.walk_blobs(
+            name_starts_with=self._folder_key(folder), delimiter="/", results_per_page=PAGE, **self._patience
+        )
+        pages = listing.by_page(continuation_token=token)
+        return [one.name async for one in await anext(pages) if hasattr(one, "prefix")], pages.continuation_token
 
     async def _page(
         self, prefix: str, token: str | None, include: list[str], most: int = PAGE
@@ -175,7 +191,7 @@ class AzureStore(FsspecStore):
         await self._blob(key).delete_blob(delete_snapshots="include", **self._patience)
 
     def sweep(self, is_dead: Callable[[str], bool]) -> None:
-        root = self._key_root
+        root = self._folder_key("")
         prefix = f"{root}{DATA}/"
         token: str | None = None
         while True:

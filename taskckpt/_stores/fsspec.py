@@ -214,10 +214,10 @@ class FsspecStore:
         prefix = self._location.path.partition("/")[2]
         return "/".join(part for part in (prefix, key) if part)
 
-    @property
-    def _key_root(self) -> str:
-        """What all whole keys begin with."""
-        return f"{self._key('')}/" if self._key("") else ""
+    def _folder_key(self, folder: str) -> str:
+        """What the whole keys of all that lies below a folder begin with; at a bucket's own root, nothing."""
+        key = self._key(folder)
+        return f"{key}/" if key else ""
 
     def _call(self, key: str, request: Callable[[], T], stop: Stop | None = None) -> T:
         """One request: with its errors translated, and passing ones tried again."""
@@ -231,22 +231,42 @@ class FsspecStore:
 
     # --- reading -------------------------------------------------------------------------------
 
-    def list_below(self, folder: str, *, first_page: bool = False) -> Listing:  # noqa: ARG002 - fsspec lists all pages
+    def list_below(self, folder: str, *, first_page: bool = False) -> Listing:
+        sizes, complete = self._list(folder, first_page=first_page)
+        return Listing(sizes, complete)
+
+    def sizes_below(self, folder: str) -> dict[str, int]:
+        return self._list(folder)[0]
+
+    def _list(self, folder: str, *, first_page: bool = False) -> tuple[dict[str, int], bool]:  # noqa: ARG002 - all pages
+        """All objects below a folder with their sizes, and whether they are all."""
         root = self._path(folder)
 
-        def request() -> Listing:
+        def request() -> dict[str, int]:
             self.fs.invalidate_cache()
-            return Listing(self._walk(root))
+            return self._walk(root)
 
-        listing = self._call(folder, request)
-        if not listing.names:
+        sizes = self._call(folder, request)
+        if not sizes:
             self._call(folder, self._require_bucket)
-        return listing
+        return sizes, True
 
-    def _walk(self, root: str) -> list[str]:
+    def folders(self, folder: str) -> list[str]:
+        def request() -> list[str]:
+            self.fs.invalidate_cache()
+            try:
+                entries = self.fs.ls(self._path(folder), detail=True)
+            except FileNotFoundError:
+                self._require_bucket()
+                return []
+            return [entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory"]
+
+        return sorted(name.rpartition("/")[2] for name in self._call(folder, request))
+
+    def _walk(self, root: str) -> dict[str, int]:
         """All objects below a folder. Not fsspec's find: that one leaves out what it cannot list, and says nothing."""
         start = len(self.fs._strip_protocol(root)) + 1  # noqa: SLF001 - how ls() spells what it found
-        names: list[str] = []
+        sizes: dict[str, int] = {}
         pending = [root]
         while pending:
             try:
@@ -258,8 +278,8 @@ class FsspecStore:
                 if entry["type"] == "directory":
                     pending.append(name)
                 elif name[start:]:
-                    names.append(name[start:])
-        return names
+                    sizes[name[start:]] = int(entry["size"])
+        return sizes
 
     def _require_bucket(self) -> None:
         if self._location.protocol in BUCKET_PROTOCOLS:

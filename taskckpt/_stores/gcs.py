@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from taskckpt._layout import DATA
 from taskckpt._operation import Stop, ordered_map
-from taskckpt._stores import FIRST_PAGE, Listing
+from taskckpt._stores import FIRST_PAGE
 from taskckpt._stores.fsspec import FileSystem, FsspecStore, new_filesystem, no_such_bucket
 from taskckpt._stores.s3 import CONNECT_TIMEOUT_S, MIB, READ_TIMEOUT_S, regrouped
 from taskckpt.errors import NotFoundError, TaskckptError, UnavailableError
@@ -69,21 +69,33 @@ class GCSStore(FsspecStore):
 
     # --- reading -------------------------------------------------------------------------------
 
-    def list_below(self, folder: str, *, first_page: bool = False) -> Listing:
-        prefix = self._key(folder) + "/"
-        names: list[str] = []
+    def _list(self, folder: str, *, first_page: bool = False) -> tuple[dict[str, int], bool]:
+        prefix = self._folder_key(folder)
+        sizes: dict[str, int] = {}
+        for page in self._pages(folder, maxResults=FIRST_PAGE if first_page else PAGE):
+            found = {entry["name"].removeprefix(prefix): int(entry["size"]) for entry in page.get("items", ())}
+            # A console makes names that end in "/", for an empty folder.
+            sizes |= {name: size for name, size in found.items() if not name.endswith("/")}
+            if first_page and sizes and page.get("nextPageToken"):
+                return sizes, False
+        return sizes, True
+
+    def folders(self, folder: str) -> list[str]:
+        pages = self._pages(folder, delimiter="/", maxResults=PAGE)
+        found = {name.removeprefix(self._folder_key(folder)) for page in pages for name in page.get("prefixes", ())}
+        return sorted({name.rstrip("/") for name in found} - {""})
+
+    def _pages(self, folder: str, **query: Any) -> Iterator[dict[str, Any]]:
         token: str | None = None
         while True:
-            most = FIRST_PAGE if first_page else PAGE
-            page = self._page(folder, prefix=prefix, pageToken=token, maxResults=most)
-            found = [entry["name"].removeprefix(prefix) for entry in page.get("items", ())]
-            names += [name for name in found if not name.endswith("/")]  # a console makes those, for an empty folder
+            page = self._page(folder, prefix=self._folder_key(folder), pageToken=token, **query)
+            yield page
             token = page.get("nextPageToken")
-            if not token or (first_page and names):
-                return Listing(names, complete=not token)
+            if not token:
+                return
 
     def _page(self, folder: str, **query: Any) -> dict[str, Any]:
-        query["fields"] = "kind,items(name,size),nextPageToken"
+        query["fields"] = "kind,items(name,size),prefixes,nextPageToken"
         try:
             _, body = self._gcs(folder, "GET", "b/{}/o", self._bucket, **query)
         except NotFoundError as error:
@@ -178,7 +190,7 @@ class GCSStore(FsspecStore):
 
     def sweep(self, is_dead: Callable[[str], bool]) -> None:
         """Ends what killed writers left that sent parts through the XML interface, as obstore does."""
-        root = self._key_root
+        root = self._folder_key("")
         objects = f"{self.fs.base.removesuffix('storage/v1/')}{self._bucket}"
         with contextlib.suppress(NotFoundError):  # an emulator without that interface
             _, body = self._gcs(DATA, "GET", f"{objects}?uploads", prefix=f"{root}{DATA}/")

@@ -137,6 +137,20 @@ class LocalStore:
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
             return
 
+    def sizes_below(self, folder: str) -> dict[str, int]:
+        sizes = {name: self.size(f"{folder}/{name}" if folder else name) for name in self.list_below(folder).names}
+        return {name: size for name, size in sizes.items() if size is not None}  # not those that are gone by now
+
+    def folders(self, folder: str) -> list[str]:
+        with translating(self._path(folder)):
+            try:
+                with os.scandir(self._path(folder)) as entries:
+                    found = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+            except FileNotFoundError:
+                self._require_reachable()
+                return []
+        return sorted(name for name in found if not name.startswith("."))
+
     def read(self, key: str) -> bytes:
         with translating(self._path(key)), open(self._path(key), "rb") as file:
             return file.read()

@@ -291,23 +291,46 @@ class ObstoreStore:
     @_unless_elsewhere
     def list_below(self, folder: str, *, first_page: bool = False) -> Listing:
         """See ``_stores.Store``."""
+        sizes, complete = self._list(folder, first_page=first_page)
+        return Listing(sizes, complete)
+
+    @_unless_elsewhere
+    def sizes_below(self, folder: str) -> dict[str, int]:
+        """See ``_stores.Store``."""
+        return self._list(folder)[0]
+
+    def _list(self, folder: str, *, first_page: bool = False) -> tuple[dict[str, int], bool]:
+        """All objects below a folder with their sizes, and whether they are all."""
         import obstore
 
         prefix = self._key(folder)
 
-        def request() -> Listing:
-            found: list[str] = []
+        def request() -> tuple[dict[str, int], bool]:
+            sizes: dict[str, int] = {}
             for page in obstore.list(self._client(), prefix, chunk_size=PAGE_KEYS):
                 names = [entry["path"].removeprefix(f"{prefix}/") for entry in page]
-                found += names
+                sizes |= zip(names, (int(entry["size"]) for entry in page), strict=True)
                 # Directory buckets (S3 Express) list in no order: there the first page proves nothing.
                 if first_page and len(page) == PAGE_KEYS and names == sorted(names):
-                    return Listing(found, complete=False)
-            if len(found) % PAGE_KEYS == 0:
+                    return sizes, False
+            if len(sizes) % PAGE_KEYS == 0:
                 self._require_listing()
-            return Listing(found)
+            return sizes, True
 
         return self._call(folder, request)
+
+    @_unless_elsewhere
+    def folders(self, folder: str) -> list[str]:
+        """See ``_stores.Store``."""
+        import obstore
+
+        def request() -> list[str]:
+            page = obstore.list_with_delimiter(self._client(), self._key(folder))
+            if not page["common_prefixes"]:
+                self._require_listing()
+            return [name.rstrip("/").rpartition("/")[2] for name in page["common_prefixes"]]
+
+        return sorted(self._call(folder, request))
 
     def _require_listing(self) -> None:
         """Where a listing ends with nothing: was it one? To obstore, a web page without any keys looks the same."""

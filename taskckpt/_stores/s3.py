@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from taskckpt._layout import DATA
 from taskckpt._operation import Stop, ordered_map
-from taskckpt._stores import FIRST_PAGE, Listing
+from taskckpt._stores import FIRST_PAGE
 from taskckpt._stores.fsspec import FileSystem, FsspecStore, new_filesystem
 from taskckpt.errors import NotFoundError, TaskckptError, UnavailableError, UsageError
 
@@ -71,21 +71,32 @@ class S3Store(FsspecStore):
 
     # --- reading -------------------------------------------------------------------------------
 
-    def list_below(self, folder: str, *, first_page: bool = False) -> Listing:
-        prefix = self._key(folder) + "/"
-        found: list[str] = []
-        token: dict[str, Any] = {"MaxKeys": FIRST_PAGE} if first_page else {}
+    def _list(self, folder: str, *, first_page: bool = False) -> tuple[dict[str, int], bool]:
+        prefix = self._folder_key(folder)
+        sizes: dict[str, int] = {}
+        for page in self._pages(folder, {"MaxKeys": FIRST_PAGE} if first_page else {}):
+            names = [entry["Key"].removeprefix(prefix) for entry in page.get("Contents", ())]
+            sizes |= zip(names, (int(entry["Size"]) for entry in page.get("Contents", ())), strict=True)
+            # Directory buckets (S3 Express) list in no order: there the first page proves nothing.
+            if first_page and page.get("IsTruncated") and names and names == sorted(names):
+                return sizes, False
+        return sizes, True
+
+    def folders(self, folder: str) -> list[str]:
+        pages = self._pages(folder, Delimiter="/")
+        found = (entry["Prefix"] for page in pages for entry in page.get("CommonPrefixes", ()))
+        return sorted({name.removeprefix(self._folder_key(folder)).rstrip("/") for name in found} - {""})
+
+    def _pages(self, folder: str, first: Mapping[str, Any] | None = None, **query: Any) -> Iterator[dict[str, Any]]:
+        """The pages of a listing; ``first`` is said only when the first one is asked for."""
+        token: Mapping[str, Any] = first or {}
         while True:
-            page = self._s3(folder, "list_objects_v2", Prefix=prefix, **token)
+            page = self._s3(folder, "list_objects_v2", Prefix=self._folder_key(folder), **query, **token)
             if "IsTruncated" not in page and "Name" not in page:  # else any web page would be an empty bucket
                 raise UnavailableError("The answer is no listing.", uri=self.uri, hint="Check the endpoint.")
-            names = [entry["Key"].removeprefix(prefix) for entry in page.get("Contents", ())]
-            found += names
+            yield page
             if not page.get("IsTruncated"):
-                return Listing(found)
-            # Directory buckets (S3 Express) list in no order: there the first page proves nothing.
-            if first_page and names and names == sorted(names):
-                return Listing(found, complete=False)
+                return
             token = {"ContinuationToken": page["NextContinuationToken"]}
 
     def size(self, key: str) -> int | None:
@@ -166,7 +177,7 @@ class S3Store(FsspecStore):
                 )
 
     def sweep(self, is_dead: Callable[[str], bool]) -> None:
-        root = self._key_root
+        root = self._folder_key("")
         answer = self._s3(DATA, "list_multipart_uploads", Prefix=f"{root}{DATA}/")
         for upload in answer.get("Uploads", ()):
             key = upload["Key"].removeprefix(root)

@@ -102,21 +102,60 @@ class StoreContract:
             assert one.size(key) is None
 
     def test_many_objects_are_listed_and_deleted(self, open_at: OpenAt) -> None:
-        """More than a page. The first page, if it is less than all, has the names that come first."""
+        """More than a page, of folders too. The first page, if it is less than all, has the names that come first."""
         store = open_at("")
-        keys = [f"{LOG}/{number:06d}" for number in range(self.many)]
+        keys = [f"{LOG}/{number:06d}/x" for number in range(self.many)]
         with ThreadPoolExecutor(RACERS) as pool:
             list(pool.map(lambda key: _create(store, key, b"x"), keys))
         names = [key.removeprefix(f"{LOG}/") for key in keys]
         everything = store.list_below(LOG)
         assert everything.complete
         assert sorted(everything.names) == names
+        assert store.folders(LOG) == [name.partition("/")[0] for name in names]
         page = store.list_below(LOG, first_page=True)
         assert sorted(page.names) == names[: len(page.names)]
         assert page.complete == (len(page.names) == len(names))
         assert page.names
         store.delete([*keys[1:], f"{LOG}/absent"])
         assert list(store.list_below(LOG).names) == names[:1]
+
+    # --- sizes_below, folders ------------------------------------------------------------------
+
+    def test_the_sizes_of_all_below_a_folder(self, open_at: OpenAt) -> None:
+        """The same names as a listing, and of each its bytes."""
+        store = open_at("")
+        for folder in ("", DATA):
+            assert store.sizes_below(folder) == {}
+        _create(store, slot_key(1), b"a record")
+        _write(store, "data/a/one", b"1")
+        _write(store, "data/a/deeper/empty", b"")
+        _write(store, "data-of-others/three", b"333")
+        assert store.sizes_below(DATA) == {"a/one": 1, "a/deeper/empty": 0}
+        assert sorted(store.sizes_below("").values()) == [0, 1, 3, 8]
+        store.delete(["data/a/one"])
+        assert open_at("").sizes_below(DATA) == {"a/deeper/empty": 0}
+
+    def test_the_folders_right_below_a_folder(self, open_at: OpenAt) -> None:
+        """By their own names, sorted; no objects, none of another folder, none that is below another one."""
+        store = open_at("")
+        for folder in ("", "run", "run/b/deeper/still"):
+            assert open_at(folder).folders("") == []
+            assert store.folders(folder) == []
+        for key in ("run/b/log/1", "run/b/log/2", "run/b/data/x/y", "run/a/log/1", "run/object", "run-2/c/log/1"):
+            _write(store, key, b"1")
+        assert store.folders("") == ["run", "run-2"]
+        assert store.folders("run") == open_at("run").folders("") == ["a", "b"]
+        assert store.folders("run/b") == ["data", "log"]
+        assert store.folders("run/b/log") == []
+        assert store.folders("ru") == []
+
+    def test_folders_are_never_stale(self, open_at: OpenAt) -> None:
+        """What another connection has written is seen."""
+        one, other = open_at(""), open_at("")
+        for name in ("a", "b", "c"):
+            assert name not in one.folders("run")
+            _create(other, f"run/{name}/log/1", b"new")
+            assert one.folders("run")[-1] == name
 
     # --- read, size ----------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-Verb: TypeAlias = Literal["list", "read", "size", "stream", "create", "write", "delete", "sweep"]
+Verb: TypeAlias = Literal["list", "sizes", "folders", "read", "size", "stream", "create", "write", "delete", "sweep"]
 When: TypeAlias = Literal["before", "after"]
 
 # Called around every request, with the keys it is about. Raising before it is a request that never
@@ -39,6 +39,12 @@ class InterceptedStore:
 
     def list_below(self, folder: str, *, first_page: bool = False) -> Listing:
         return self._around("list", [folder], lambda: self._store.list_below(folder, first_page=first_page))
+
+    def sizes_below(self, folder: str) -> dict[str, int]:
+        return self._around("sizes", [folder], lambda: self._store.sizes_below(folder))
+
+    def folders(self, folder: str) -> list[str]:
+        return self._around("folders", [folder], lambda: self._store.folders(folder))
 
     def read(self, key: str) -> bytes:
         return self._around("read", [key], lambda: self._store.read(key))

@@ -14,7 +14,10 @@ from typing import Any, assert_type
 import taskckpt
 from taskckpt import (
     Checkpoint,
+    CheckpointableIterator,
+    IteratorCheckpoint,
     PendingSave,
+    PipelineCheckpoint,
     StaleAttemptError,
     TaskckptError,
     TaskckptWarning,
@@ -213,6 +216,48 @@ except TaskckptError as error:
     assert_type(error.message, str)
 
 issubclass(TaskckptWarning, UserWarning)
+
+# --- iterators ---------------------------------------------------------------------------------
+
+
+class Numbers(CheckpointableIterator[int]):
+    def __next__(self) -> int:
+        return 1
+
+    def get_state(self) -> dict[str, Any]:
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class Loader:
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+class JsonHandler:
+    def to_content(self, state: dict[str, Any]) -> bytes:
+        return b""
+
+    def from_content(self, content: bytes) -> dict[str, Any]:
+        return {}
+
+
+assert_type(next(Numbers()), int)
+with PipelineCheckpoint("s3://bucket/place", JsonHandler(), async_checkpointing=True, fingerprint="a") as pipelines:
+    assert_type(pipelines.save(Numbers(), step=1, metadata={"epoch": 1}, keep=3), str)
+    assert_type(pipelines.save_to_step(Loader(), 1, interval=10), str | None)
+assert_type(IteratorCheckpoint(cp).restore(Numbers(), step=1), Numbers)
+assert_type(IteratorCheckpoint(Path("a")).restore_latest(Loader()), Loader)
+assert_type(IteratorCheckpoint("a").list_checkpoints(), dict[int, str])
+assert_type(IteratorCheckpoint("a").get_latest_step(), int | None)
+IteratorCheckpoint(7)  # type: ignore[arg-type]
+IteratorCheckpoint("a").save_to_directory(iter([1]))  # type: ignore[arg-type]
+PipelineCheckpoint("a", fingerprint=7)  # type: ignore[arg-type]
 
 
 def resolver() -> engines.EngineTask | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from blake3 import blake3
 
 import taskckpt
 from taskckpt import BestN, Checkpoint, CheckpointInfo, EveryNSteps, LatestN
@@ -416,6 +417,33 @@ def test_pinned_twice_is_pinned_once_and_unpinned_is_no_error(dest):
         checkpoint.pin_sync(9)
 
 
+def test_a_checkpoint_without_a_step_is_named_by_what_was_listed(dest, tmp_path):
+    checkpoint = Checkpoint(dest, keep=1)
+    first = checkpoint.save_sync(BIG + b"1")
+    assert checkpoint.pin_sync(first).pinned
+    checkpoint.save_sync(BIG + b"2")
+    assert [one.pinned for one in checkpoint.checkpoints_sync()] == [False, True]
+    checkpoint.rollback_sync(first)
+    assert Checkpoint(dest, read_only=True).load_bytes_sync() == BIG + b"1"
+    assert not checkpoint.unpin_sync(first).pinned, "wherever it was repeated meanwhile"
+    stranger = Checkpoint(tmp_path / "other").save_sync(b"x")
+    with pytest.raises(UsageError, match="belongs to another task"):
+        checkpoint.pin_sync(stranger)
+    for step in range(3):
+        checkpoint.save_sync(b"x", step=step)
+    with pytest.raises(StepNotFoundError, match="in slot 2"):
+        checkpoint.rollback_sync(first)
+
+
+def test_a_time_that_cannot_be_read_is_no_reason_to_fail(dest):
+    info = Checkpoint(dest).save_sync(b"x")
+    path = Path(info.uri)
+    body = json.loads(path.read_bytes().partition(b"\n")[0]) | {"time": "yesterday"}
+    first = json.dumps(body).encode() + b"\n"
+    path.write_bytes(first + b'{"blake3": "%s"}\n' % blake3(first).hexdigest().encode())
+    assert Checkpoint(dest).checkpoints_sync()[0].time.year == 1
+
+
 def test_clear_clears_pins_as_well(dest):
     checkpoint = saved(dest, [1])
     checkpoint.pin_sync(1)
@@ -615,6 +643,7 @@ def test_an_index_that_cannot_be_written_costs_nothing_but_time(dest, small_page
     assert Checkpoint(dest).steps_sync() == list(range(30))
 
 
+@pytest.mark.timeout(180)
 def test_ten_thousand_checkpoints_take_few_requests(tmp_path):
     """The figures of the documentation, on the real sizes; written without fsync, which is not what is asked here."""
     code = (

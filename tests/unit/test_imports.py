@@ -24,7 +24,8 @@ LAYERS = [
     "__init__",
     *("stages", "stages._manager", "stages._run", "stages._look", "stages._stage"),
     *("stages._versions", "stages._markers", "stages._fingerprint", "stages._status"),
-    *("iterators", "_task", "latest", "context", "_checkpoint", "_iterate", "_loop", "_positions", "_sources"),
+    *("iterators", "iterators._checkpoints", "iterators._retention", "iterators._states"),
+    *("_task", "latest", "context", "_checkpoint", "_iterate", "_loop", "_positions", "_sources"),
     *("_history_verbs", "_history", "_later", "_pending", "_aside", "_attempt", "_telling"),
     *("_bridge", "_workspace", "_chain", "_selection", "_arguments", "_payload"),
     *(
@@ -79,8 +80,9 @@ SIGNALS = {"LogMoved", "Malformed", "Refused", "Stopped", "_ClaimDenied", "_Malf
 
 LONG_FILE, LONGEST_FILE = 450, 620
 LONG_FUNCTION, LONGEST_FUNCTION = 40, 60
-# Lines that hold code, in all modules of the core.
-LARGEST_CORE = 8500
+# Lines that hold code, in all modules of the core: without what is built on ``Checkpoint`` and could be somebody else's.
+BUILT_ON_IT = ("testing", "cli", "stages", "iterators")
+LARGEST_CORE = 10_000
 
 TREES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
@@ -269,7 +271,7 @@ def test_files_and_functions_stay_short(capsys):
     for path in sorted(PACKAGE.rglob("*.py")):
         name = str(path.relative_to(PACKAGE))
         length = len(path.read_text().splitlines())
-        if not name.startswith("testing"):
+        if not name.startswith(BUILT_ON_IT):
             core += code_lines(path)
         if length > LONG_FILE:
             (too_long if length > LONGEST_FILE else long).append(f"{name}: {length} lines")

@@ -1,132 +1,43 @@
-"""Resumable iterators: the state of a data pipeline, saved and put back, under the names that Datarax gave them.
-
-What counts is the state of the iterator, not how it is made: ``get_state`` and ``set_state``, as those of Datarax and
-Grain have them, or ``state_dict`` and ``load_state_dict``, as PyTorch's have them.
-"""
+"""``IteratorCheckpoint`` and ``PipelineCheckpoint``: Datarax's names for saving and restoring iterators."""
 
 from __future__ import annotations
 
 import operator
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar, cast, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from taskckpt import _payload
 from taskckpt._arguments import Target
 from taskckpt._chain import Loadable
 from taskckpt._checkpoint import Checkpoint, Saying
-from taskckpt._keep import Candidate, KeepPolicy, LatestN, policy_of, text_of
 from taskckpt._layout import slot_key
 from taskckpt._log.records import Commit, Json
 from taskckpt._operation import Stop
 from taskckpt._progress import Report
-from taskckpt._selection import info_of, of_slot, of_step
+from taskckpt._selection import info_of, of_step
 from taskckpt._stores import Store
-from taskckpt.errors import (
-    CorruptCheckpointError,
-    IdentityMismatchError,
-    StepNotFoundError,
-    UsageError,
-    UsageTypeError,
+from taskckpt.errors import IdentityMismatchError, StepNotFoundError, UsageError, UsageTypeError
+from taskckpt.iterators._retention import Retention
+from taskckpt.iterators._states import (
+    Content,
+    Difference,
+    Resumable,
+    StateCodec,
+    StateHandler,
+    differences,
+    expect_dict,
+    setter_of,
+    state_of,
 )
 
 if TYPE_CHECKING:
-    from typing import Self
+    from typing import Any, Self
 
-    from taskckpt._pending import PendingSave
-
-T_co = TypeVar("T_co", covariant=True)
-
-# What must be the same in a state and in the iterator that it is put into, if both have it. The names are Grain's.
-IDENTITY_FIELDS = ("sampler_repr", "data_source_repr", "shard_count", "worker_count")
+R = TypeVar("R", bound=Resumable)
 
 # The one name in a checkpoint's metadata that is not the user's.
 FINGERPRINT = "taskckpt.fingerprint"
-
-# What a handler makes of a state: as ``save`` and ``save_state`` take it.
-Content: TypeAlias = "bytes | dict[str, Any]"
-
-# Of a field that does not fit, so much is shown.
-_LONGEST_SHOWN = 300
-
-
-@runtime_checkable
-class CheckpointableIterator(Protocol[T_co]):
-    """An iterator whose position can be saved: a base class, and what ``isinstance`` finds in those of others.
-
-    A subclass defines ``get_state``, ``set_state`` and ``__next__``. The state is a dict that ``save_state`` takes:
-    plain values, containers, and arrays and random keys of NumPy, PyTorch and JAX.
-    """
-
-    def __iter__(self) -> CheckpointableIterator[T_co]:
-        return self
-
-    def __next__(self) -> T_co:
-        raise NotImplementedError(f"{type(self).__name__} does not define __next__.")
-
-    @abstractmethod
-    def get_state(self) -> dict[str, Any]:
-        """All that ``set_state`` needs to go on behind the last item that was given."""
-        ...
-
-    @abstractmethod
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on where ``get_state`` was called, in this process or in another."""
-        ...
-
-
-@runtime_checkable
-class _HasState(Protocol):
-    def get_state(self) -> dict[str, Any]: ...
-    def set_state(self, state: dict[str, Any], /) -> object: ...
-
-
-@runtime_checkable
-class _HasStateDict(Protocol):
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> object: ...
-
-
-# What can be saved and restored: the iterators of Datarax and Grain, and those of PyTorch.
-Resumable: TypeAlias = _HasState | _HasStateDict
-R = TypeVar("R", bound=Resumable)
-
-
-class StateHandler(Protocol):
-    """What turns the state of an iterator into what is stored, and back."""
-
-    def to_content(self, state: dict[str, Any], /) -> Content:
-        """Bytes, which are stored as they are, or a dict, which is stored as ``save_state`` does."""
-        ...
-
-    def from_content(self, content: Any, /) -> dict[str, Any]:
-        """The state, from what ``to_content`` made of it."""
-        ...
-
-
-class StateCodec:
-    """The default handler: a state is stored as ``save_state`` does, without pickle.
-
-    Plain values, containers and arrays come back equal and of the same type; what would not is refused at save time,
-    by its path.
-    """
-
-    def to_content(self, state: dict[str, Any], /) -> Content:
-        """The state itself."""
-        return state
-
-    def from_content(self, content: Any, /) -> dict[str, Any]:
-        """The state itself.
-
-        Raises:
-            UsageError: Another handler has stored it.
-        """
-        if isinstance(content, bytes):
-            raise UsageError(
-                "The checkpoint holds bytes, and no state.", hint="Pass the handler= that it was saved with."
-            )
-        return cast("dict[str, Any]", content)
 
 
 class IteratorCheckpoint:
@@ -162,12 +73,12 @@ class IteratorCheckpoint:
         self.handler: StateHandler = StateCodec() if handler is None else handler
         self.fingerprint = fingerprint
         self._in_background = async_checkpointing
-        self._retention = None if isinstance(base_dir, Checkpoint) else _Retention(base_dir)
+        self._retention: Retention | None = None
         if isinstance(base_dir, Checkpoint):
             self.checkpoint = base_dir
         else:
-            assert self._retention is not None
-            self.checkpoint = Checkpoint(base_dir, keep=self._retention.policy)
+            self._retention = Retention(base_dir)
+            self.checkpoint = self._retention.checkpoint
 
     def __enter__(self) -> Self:
         return self
@@ -213,15 +124,16 @@ class IteratorCheckpoint:
             CorruptCheckpointError: It cannot be read back as it was saved. What is older is still there.
             StaleAttemptError, UnavailableError, DeniedError: As ``Checkpoint.save``.
         """
-        policy_of(keep)
-        content = self.handler.to_content(_state_of(iterator))
+        if keep is not None and _index("keep", keep) < 1:
+            raise UsageError(f"keep={keep!r} must be at least 1, or None to keep all.")
+        content = self.handler.to_content(state_of(iterator))
         notes: Saying = {
             "step": None if step is None else _index("step", step),
             "metadata": self._described(metadata),
             "overwrite": overwrite,
         }
         if self._retention is not None:
-            self._retention.begin(self.checkpoint, keep)
+            self._retention.begin(keep)
         if self._in_background:
             pending = self.checkpoint.save_later(content, policy="queue", **notes)
             if self._retention is not None:
@@ -233,8 +145,8 @@ class IteratorCheckpoint:
             saved = self.checkpoint.save_state_sync(content, **notes)
         if self._retention is None:
             return saved.uri
-        self._retention.end(self.checkpoint)
-        newest = _newest_of(self.checkpoint)
+        self._retention.end()
+        newest = self._retention.newest
         assert newest is not None
         return info_of(newest, newest, self.checkpoint.remote_destination).uri  # dropping gave it a new record
 
@@ -257,7 +169,7 @@ class IteratorCheckpoint:
         """
         self.checkpoint.wait()
         if self._retention is not None:
-            self._retention.end(self.checkpoint)
+            self._retention.end()
 
     def close(self) -> None:
         """Waits for all saves in the background, as ``wait_until_finished`` does. Repeatable."""
@@ -287,7 +199,7 @@ class IteratorCheckpoint:
             UsageError: The iterator takes no state.
             StaleAttemptError, UnavailableError, DeniedError: As ``Checkpoint.load``.
         """
-        set_state = _setter_of(iterator)
+        set_state = setter_of(iterator)
         found = self._load(None if step is None else _index("step", step))
         if found is None:
             raise StepNotFoundError(
@@ -295,7 +207,7 @@ class IteratorCheckpoint:
                 uri=self.checkpoint.remote_destination,
                 hint="has_checkpoint() tells whether there is one.",
             )
-        state = _expect_dict(self.handler.from_content(found.content), "The handler's from_content()")
+        state = expect_dict(self.handler.from_content(found.content), "The handler's from_content()")
         self._expect_same_data(iterator, state, found)
         set_state(state)
         return iterator
@@ -309,18 +221,13 @@ class IteratorCheckpoint:
         return self.checkpoint._read(Stop(), which, _content_of, None)  # noqa: SLF001 - what is public tells no metadata
 
     def _expect_same_data(self, iterator: Resumable, state: Mapping[str, Any], found: _Found) -> None:
-        differences: list[tuple[str, object, object]] = []
+        different = differences(state, iterator)
         saved = found.metadata.get(FINGERPRINT)
         if saved != self.fingerprint:
-            differences.append(("fingerprint", saved, self.fingerprint))
-        if any(name in state for name in IDENTITY_FIELDS):
-            now = _state_of(iterator)
-            names = [name for name in IDENTITY_FIELDS if name in state and name in now]
-            differences += [(name, state[name], now[name]) for name in names if state[name] != now[name]]
-        if differences:
-            told = "; ".join(f"{name} was {_shown(old)} and is {_shown(new)}" for name, old, new in differences)
+            different = [Difference("fingerprint", saved, self.fingerprint), *different]
+        if different:
             raise IdentityMismatchError(
-                f"The checkpoint does not belong to this iterator: {told}.",
+                f"The checkpoint does not belong to this iterator: {'; '.join(map(str, different))}.",
                 uri=found.uri,
                 hint="Make the iterator as it was when it was saved, or start over: .checkpoint.clear_sync().",
             )
@@ -337,7 +244,9 @@ class IteratorCheckpoint:
     def list_checkpoints(self) -> dict[int, str]:
         """The URI of each checkpoint that has a step, by its step, in ascending order."""
         oldest_first = reversed(self.checkpoint.checkpoints_sync())
-        uris = {one.step: one.uri for one in oldest_first if one.step is not None}
+        # Of several with one step that one which ``restore`` takes: the newest that was not rolled back.
+        in_turn = sorted(oldest_first, key=lambda one: one.in_lineage)
+        uris = {one.step: one.uri for one in in_turn if one.step is not None}
         return dict(sorted(uris.items()))
 
     def has_checkpoint(self) -> bool:
@@ -402,125 +311,8 @@ def _content_of(store: Store, found: Loadable, stop: Stop, report: Report | None
     return _Found(content, {}, found.uri)
 
 
-# --- what is older -----------------------------------------------------------------------------
-
-
-class _Newest(KeepPolicy):
-    """The newest ``n``, where each save says how many; None for all."""
-
-    n: int | None = 1
-
-    @property
-    def reach(self) -> int | None:
-        return self.n
-
-    def picks(self, newest_first: Sequence[Candidate]) -> Iterable[tuple[int, str]]:
-        return LatestN(len(newest_first) or 1 if self.n is None else self.n).picks(newest_first)
-
-    def __str__(self) -> str:
-        return text_of(None if self.n is None else LatestN(self.n))
-
-
-class _Retention:
-    """What is older goes only after what is new was read back: until then, one more stays for each that is new."""
-
-    def __init__(self, place: Target) -> None:
-        self.policy = _Newest()
-        self.pending: list[PendingSave] = []
-        self._view = Checkpoint(place, read_only=True)
-        self._keep: int | None = None
-        self._unchecked = 0
-
-    def begin(self, checkpoint: Checkpoint, keep: int | None) -> None:
-        """One more will be saved."""
-        still_pending = [save for save in self.pending if not save.done()]
-        if len(still_pending) < len(self.pending):
-            self._read_back(checkpoint)
-            self._unchecked = len(still_pending)
-        self.pending = still_pending
-        self._keep = keep
-        self._unchecked += 1
-        self.policy.n = None if keep is None else keep + self._unchecked
-
-    def end(self, checkpoint: Checkpoint) -> None:
-        """All that began is saved."""
-        self.pending.clear()
-        if self._unchecked == 0:
-            return
-        self._read_back(checkpoint)
-        self._unchecked = 0
-        if self._keep is not None:
-            self.policy.n = self._keep
-            checkpoint.prune_sync()
-
-    def _read_back(self, checkpoint: Checkpoint) -> None:
-        """The newest that this checkpoint has saved: it stands for those before it."""
-        newest = _newest_of(checkpoint)
-        if self._keep is None or newest is None:
-            return  # nothing goes, or nothing was saved
-        try:
-            self._view._read(Stop(), of_slot(newest.stamp.slot), _read_to_its_end, None)  # noqa: SLF001
-        except (CorruptCheckpointError, StepNotFoundError) as error:  # the latter if the record itself is damaged
-            raise CorruptCheckpointError(
-                f"What was saved just now cannot be read back as it was: {error.message}",
-                uri=error.uri,
-                hint="What is older is still there. Look for a disk that fails, and save again.",
-            ) from error
-
-
-def _newest_of(checkpoint: Checkpoint) -> Commit | None:
-    log = checkpoint._attempt._log  # noqa: SLF001 - a listing leaves out a damaged record; its writer does not
-    return None if log is None else log.newest
-
-
-def _read_to_its_end(store: Store, found: Loadable, stop: Stop, _: Report | None) -> None:
-    _payload.verify(store, found, stop)
-
-
-# --- states ------------------------------------------------------------------------------------
-
-
-def _state_of(iterator: object) -> dict[str, Any]:
-    """What the iterator gives.
-
-    Raises:
-        UsageTypeError: It gives nothing, or no dict.
-    """
-    for name in ("get_state", "state_dict"):
-        get_state = getattr(iterator, name, None)
-        if callable(get_state):
-            return _expect_dict(get_state(), f"{type(iterator).__name__}.{name}()")
-    raise _without("get_state() nor state_dict()", iterator)
-
-
-def _setter_of(iterator: object) -> Callable[[dict[str, Any]], object]:
-    for name in ("set_state", "load_state_dict"):
-        set_state = getattr(iterator, name, None)
-        if callable(set_state):
-            return cast("Callable[[dict[str, Any]], object]", set_state)
-    raise _without("set_state() nor load_state_dict()", iterator)
-
-
-def _without(what: str, iterator: object) -> UsageTypeError:
-    hint = None
-    if hasattr(iterator, "__iter__") and not hasattr(iterator, "__next__"):
-        hint = "Pass the iterator that items are taken from, if that has state: batches = iter(pipeline)."
-    return UsageTypeError(f"{type(iterator).__name__} has neither {what}.", hint=hint)
-
-
-def _expect_dict(state: object, source: str) -> dict[str, Any]:
-    if not isinstance(state, dict):
-        raise UsageTypeError(f"{source} gave no dict, but {type(state).__name__}.")
-    return cast("dict[str, Any]", state)
-
-
 def _index(name: str, value: int) -> int:
     """An int, also from the integers of NumPy and JAX."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise UsageTypeError(f"{name} must be an int, not {type(value).__name__}.")
     return operator.index(value)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."

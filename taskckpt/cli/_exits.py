@@ -1,0 +1,95 @@
+"""How a command ends: its exit code, and what is said about an error."""
+
+from __future__ import annotations
+
+import json
+import traceback
+
+import click
+
+from taskckpt.cli._output import plain
+from taskckpt.errors import (
+    AlreadyExistsError,
+    CorruptCheckpointError,
+    DeniedError,
+    NotFoundError,
+    StaleAttemptError,
+    TaskckptError,
+    UnavailableError,
+    UnsupportedFormatError,
+    UsageError,
+)
+
+FAILED = 1
+USAGE = 2
+CORRUPT = 4
+DECLINED = 10
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+# Each group of errors has one code, which never changes.
+CODES: tuple[tuple[type[TaskckptError], int], ...] = (
+    (UsageError, USAGE),
+    (NotFoundError, 3),
+    (CorruptCheckpointError, CORRUPT),
+    (StaleAttemptError, 5),
+    (UnavailableError, 6),
+    (DeniedError, 7),
+    (UnsupportedFormatError, 8),
+    (AlreadyExistsError, 9),
+)
+
+MEANINGS = {
+    0: "done",
+    FAILED: "failed for a reason that has no code of its own",
+    USAGE: "the call is wrong, or needs --yes because nobody can be asked",
+    3: "there is no such base, task or checkpoint",
+    CORRUPT: "something is damaged",
+    5: "another attempt took the task over meanwhile",
+    6: "the store did not answer as it should, or is full: try again later",
+    7: "credentials or permissions are missing",
+    8: "a newer taskckpt, or another library, is needed to read it",
+    9: "the target folder is not empty",
+    DECLINED: "you answered no: nothing was done",
+    INTERRUPTED: "interrupted (Ctrl-C)",
+    BROKEN_PIPE: "whoever read the output left",
+}
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code that an error stands for."""
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if isinstance(error, (click.Abort, KeyboardInterrupt)):
+        return INTERRUPTED
+    if isinstance(error, click.ClickException):
+        return USAGE
+    return next((code for kind, code in CODES if isinstance(error, kind)), FAILED)
+
+
+def described(error: BaseException) -> dict[str, str | None]:
+    """An error as ``--json`` says it, on stderr and within a document."""
+    if isinstance(error, TaskckptError):
+        message = " ".join((error.message, *getattr(error, "__notes__", ())))
+        return {"error": error.code, "message": message, "uri": error.uri, "hint": error.hint}
+    if isinstance(error, click.ClickException):
+        return {"error": "usage", "message": error.format_message(), "uri": None, "hint": "taskckpt --help"}
+    if isinstance(error, (click.Abort, KeyboardInterrupt)):
+        return {"error": "interrupted", "message": "Interrupted.", "uri": None, "hint": None}
+    message = f"{type(error).__name__}: {error}"
+    return {"error": "error", "message": message, "uri": None, "hint": "--debug shows where it happened."}
+
+
+def tell(error: BaseException, *, as_json: bool, debug: bool) -> None:
+    """Says on stderr what went wrong: one line, and the traceback before it if that was asked for."""
+    if isinstance(error, click.exceptions.Exit):
+        return
+    if debug:
+        traceback.print_exception(error)
+    about = described(error)
+    if as_json:
+        click.echo(json.dumps(about), err=True)
+        return
+    where = f" [{about['uri']}]" if about["uri"] and about["uri"] not in (about["message"] or "") else ""
+    hint = f" Hint: {about['hint']}" if about["hint"] else ""
+    click.echo(plain(f"error: {about['message']}{where}{hint}"), err=True)
