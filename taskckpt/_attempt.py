@@ -18,7 +18,7 @@ from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from taskckpt import _payload, _workspace
 from taskckpt._arguments import SourceKind, Target
-from taskckpt._chain import Chain, Loadable, Origin, place_of
+from taskckpt._chain import Chain, Found, Loadable, Origin, place_of
 from taskckpt._keep import KeepPolicy, text_of
 from taskckpt._layout import LOG, slot_key
 from taskckpt._log import catalogue
@@ -29,7 +29,7 @@ from taskckpt._log.writer import Saved, TaskLog
 from taskckpt._operation import Stop
 from taskckpt._payload import PAYLOAD, Source
 from taskckpt._progress import Report
-from taskckpt._selection import Selection
+from taskckpt._selection import CheckpointInfo, Selection, info_of
 from taskckpt._stores import Location, Store, open_store, parse
 from taskckpt._telling import tell_loaded, tell_saved
 from taskckpt.errors import (
@@ -76,11 +76,6 @@ class SaveRequest(NamedTuple):
     pin: bool = False
 
 
-class _Loaded(NamedTuple, Generic[T]):
-    positions: Stored | None
-    result: T
-
-
 class Attempt:
     """Threads may share it; a child process that gets it, by fork or pickled, goes on under the same claim.
 
@@ -98,6 +93,7 @@ class Attempt:
 
     Attributes:
         has_payload: Whether what was loaded or saved last is more than positions.
+        loaded: What was loaded last; None if that was nothing, or somebody else's object.
     """
 
     def __init__(
@@ -130,6 +126,7 @@ class Attempt:
         self._resumed_from: Commit | str | None = None
         self._positions: dict[str, Any] | None = None  # None: not known yet
         self.has_payload = False
+        self.loaded: CheckpointInfo | None = None
         self._ended = False
         self._pid = os.getpid()
         self._home = 0 if inherited else self._pid
@@ -178,9 +175,10 @@ class Attempt:
         If it has neither loaded nor saved, it resumes from the newest good checkpoint now, whose payload is read to
         the end and not kept.
         """
-        if self._positions is None:
-            self.read(None, lambda store, found, stop, _report: _payload.verify(store, found, stop), stop, None)
-        return dict(self._positions or {})
+        with self._exclusively(stop):  # what another thread commits meanwhile is not to be gone back from
+            if self._positions is None:
+                self.read(None, lambda store, found, stop, _report: _payload.verify(store, found, stop), stop, None)
+            return dict(self._positions or {})
 
     def has_something(self) -> bool:
         """Whether a load would find something (or something damaged). Looks, and never takes the task over."""
@@ -204,6 +202,7 @@ class Attempt:
         found, without_payload = self._chain(stop).newest_good(self._origin(store), view, load, which)
         newest = without_payload or found
         self.has_payload = found is not None
+        self.loaded = None if found is None else _told(found)
         self._positions = {} if newest is None else newest.result[0]
         if newest is not None and self._claims:
             self._resume_from(newest.origin, newest.what, store, stop)
@@ -539,6 +538,10 @@ class _Timed(Generic[T]):
             return self._function(origin, found)
         finally:
             self.seconds = time.monotonic() - began
+
+
+def _told(found: Found[Any]) -> CheckpointInfo | None:
+    return info_of(found.what, found.what, found.origin.store.uri) if isinstance(found.what, Commit) else None
 
 
 def _plain(value: object) -> object:

@@ -23,7 +23,6 @@ from taskckpt._history import History
 from taskckpt._history_verbs import HistoryVerbs, in_thread
 from taskckpt._keep import KeepPolicy, Mode, policy_of
 from taskckpt._later import Later, checked_policy
-from taskckpt._layout import LOG, keyed_prefix, task_prefix
 from taskckpt._log.catalogue import beginning
 from taskckpt._log.history import LogReader
 from taskckpt._log.records import Json
@@ -214,24 +213,9 @@ class Checkpoint(HistoryVerbs):
         Raises:
             NotFoundError: There is no such task; the hint lists near names.
         """
-        from taskckpt import context
+        from taskckpt._view import attempt_of
 
-        if (key is None) == (task is None):
-            raise UsageError("Checkpoint.of takes either key= or task=.")
-        root = parse(context.base_and_origin(base)[0], what="base")
-        prefix = keyed_prefix(key) if key is not None else task_prefix(context.run_and_origin(run)[0], str(task))
-        options, timeout_s = checked_options(storage_options), checked_timeout(timeout_s)
-        attempt = Attempt(root.child(prefix), storage_options=options, timeout_s=timeout_s, read_only=True)
-        if not attempt.open_store().list_below(LOG, first_page=True).names:
-            run_folder, _, name = prefix.partition("/")
-            store = open_store(root.child(run_folder), storage_options=options, timeout_s=timeout_s)
-            names = sorted(store.folders(""))
-            raise NotFoundError(
-                f"There is no task {name!r}.",
-                uri=attempt.dest.uri,
-                hint=f"There are: {', '.join(_nearest(name, names))}." if names else "This run has no tasks at all.",
-            )
-        return cls._with(attempt)
+        return cls._with(attempt_of(key, run, task, base, checked_options(storage_options), checked_timeout(timeout_s)))
 
     # --- what it is ----------------------------------------------------------------------------
 
@@ -239,6 +223,11 @@ class Checkpoint(HistoryVerbs):
     def path(self) -> Path | None:
         """The newest restored workspace, or None before a load found something."""
         return self._path
+
+    @property
+    def loaded(self) -> CheckpointInfo | None:
+        """What the last load gave: its step, its metadata; None if that was nothing, or not written by taskckpt."""
+        return self._attempt.loaded
 
     @property
     def remote_destination(self) -> str:
@@ -612,9 +601,3 @@ class Checkpoint(HistoryVerbs):
 
 def _fork(source: Target | CheckpointInfo) -> Location:
     return parse(source.uri if isinstance(source, CheckpointInfo) else source, what="fork_from")
-
-
-def _nearest(name: str, names: Sequence[str]) -> Sequence[str]:
-    import difflib
-
-    return difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names[:5]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Hashable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
 from types import FrameType
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
@@ -120,6 +120,8 @@ _body: ContextVar[_Body | None] = ContextVar("taskckpt_body", default=None)
 _numbers = count()
 
 _END: Any = object()
+
+_CO_VARARGS = 4  # inspect.CO_VARARGS, without importing all of that
 
 # Time-based policies are asked no more often than this.
 _PAUSE_S = 0.01
@@ -401,17 +403,28 @@ class Loop(Generic[T]):
 
 
 def _is_interrupting(consumer: int | None) -> bool:
-    """Whether this code is called by a signal handler, in the middle of that frame's body or of a loop here.
+    """Whether a signal handler calls this, in the middle of that frame's body, or of a loop here.
 
-    Then the item is not done, whatever the handler saves. Python hands the frame that it interrupts to the handler.
+    Then the item is not done, whatever the handler saves.
     """
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001
     while frame is not None and id(frame) != consumer:
-        caller = frame.f_back
-        if caller is not None and any(value is caller for value in frame.f_locals.values()):
+        if _is_signal_handler(frame):
             return True
-        frame = caller
+        frame = frame.f_back
     return False
+
+
+def _is_signal_handler(frame: FrameType) -> bool:
+    """Whether it was called by Python itself: with a number, and the frame that it interrupts, which is its caller."""
+    code = frame.f_code
+    has_more = bool(code.co_flags & _CO_VARARGS)
+    if code.co_argcount < 2 and not has_more:
+        return False
+    values = [frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount]]
+    if has_more:
+        values += frame.f_locals.get(code.co_varnames[code.co_argcount + code.co_kwonlyargcount]) or ()
+    return any(isinstance(number, int) and value is frame.f_back for number, value in pairwise(values))
 
 
 def _is_in(body: _Body | None, loop: int, item: int) -> bool:

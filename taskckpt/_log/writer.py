@@ -130,8 +130,17 @@ class TaskLog(SlotWriter):
         It stays until two newer ones exist.
         """
         self._resumed_from = commit
-        if isinstance(commit, Commit) and (self._position is None or commit.stamp.slot != self._position.stamp.slot):
-            self._position, self._went_back, self._count = commit, True, 0
+        if not isinstance(commit, Commit):
+            return
+        newest = self._newest
+        if newest is not None and newest.stamp.slot > commit.stamp.slot:  # another thread may have committed meanwhile
+            if newest.original == commit.original:
+                commit = newest
+            elif not newest.retains(commit.stamp.slot):
+                return
+        if self._position is None or commit.stamp.slot != self._position.stamp.slot:
+            self._position, self._count = commit, 0
+            self._went_back = newest is None or commit.stamp.slot != newest.stamp.slot
 
     @property
     def position(self) -> Commit | None:
@@ -162,7 +171,6 @@ class TaskLog(SlotWriter):
             StaleAttemptError: A newer attempt has the task; the payload is removed.
             CommitUnknownError: The store did not tell; the next save of this process settles it.
         """
-
         own_keys = [key for one in (saved.stored, saved.positions) if one and (key := one.key)]
         return self._add(lambda slot: self._new(slot, save_nonce, saved), own_keys, stop)
 

@@ -83,12 +83,16 @@ def _warnings_told(*, as_json: bool) -> Generator[None]:
         *(_change.rollback, _change.pin, _change.unpin, _change.clear, _look.du),
     ],
     epilog=EPILOG,
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(package_name="taskckpt", message="%(prog)s %(version)s")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Look at the checkpoints of tasks, check them, restore them, and tidy up.
 
     Where to look is said by a path or URL, or by --base, --run, --task and --key. Only rollback and clear take a task
     over from an attempt that runs; all else leaves it alone.
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
@@ -207,7 +208,9 @@ class History(RuleBasedStateMachine):
         after = before if refused else self.oracle.after_rollback(found[0], self.as_if_claimed())
         result = self.writes(lambda: self.checkpoint.rollback_sync(step), after, refused=refused)
         newest = self.world.newest
-        if newest is not None and self.world != before and result != "crashed":
+        if result == "failed" and self.world == before:
+            self.next_attempt(self.attempt.rules, loads=False)  # this one protects it in case, or does not
+        elif newest is not None and self.world != before and result != "crashed":
             self.attempt.went_back_to(newest)
 
     @precondition(lambda self: self.world.commits)
@@ -384,7 +387,7 @@ class History(RuleBasedStateMachine):
     def teardown(self) -> None:
         """In the end a clean attempt finds what must be there, and after its second save nothing else is left."""
         try:
-            if hasattr(self, "attempt"):
+            if hasattr(self, "attempt") and sys.exception() is None:
                 self.end_well()
         finally:
             self.stack.close()

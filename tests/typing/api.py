@@ -13,11 +13,20 @@ from typing import Any, assert_type
 
 import taskckpt
 from taskckpt import (
+    BestN,
+    Budget,
     Checkpoint,
     CheckpointableIterator,
+    CheckpointInfo,
+    CheckpointManager,
+    EveryNSteps,
+    EverySeconds,
+    EverySteps,
     IteratorCheckpoint,
+    LatestN,
     PendingSave,
     PipelineCheckpoint,
+    PruneDecision,
     StaleAttemptError,
     TaskckptError,
     TaskckptWarning,
@@ -29,6 +38,7 @@ from taskckpt import (
     latest_checkpoint,
     task,
 )
+from taskckpt.stages import StageStatus, fingerprint_of
 from taskckpt.testing import InterceptedStore, instant_retries, intercepted
 
 # --- Checkpoint --------------------------------------------------------------------------------
@@ -50,7 +60,11 @@ assert_type(cp.load_sync(), Path | None)
 assert_type(cp.load_sync(to="folder", replace=True), Path | None)
 assert_type(cp.load_sync(to=Path("folder")), Path | None)
 assert_type(cp.load_bytes_sync(), bytes | None)
-assert_type(cp.save_sync(b"1"), None)
+assert_type(cp.save_sync(b"1"), CheckpointInfo)
+assert_type(cp.save_sync(b"1", step=1, metadata={"a": [1, None]}, metrics={"loss": 1}, pin=True), CheckpointInfo)
+cp.save_sync(b"1", step="1")  # type: ignore[arg-type]
+cp.save_sync(b"1", metadata={"a": object()})  # type: ignore[dict-item]
+cp.save_state_sync({}, steps=1)  # type: ignore[call-arg]
 assert_type(cp.clear_sync(), None)
 cp.save_sync(bytearray(b"1"))
 cp.save_sync(memoryview(b"1"))
@@ -59,10 +73,29 @@ cp.save_sync(Path("folder"))
 cp.save_sync(7)  # type: ignore[arg-type]
 cp.save_sync({"step": 1})  # type: ignore[arg-type]
 cp.save_sync()  # type: ignore[call-arg]
-cp.load_sync("folder")  # type: ignore[call-arg]
+cp.load_sync("folder")  # type: ignore[call-arg, arg-type]
 cp.load_sync().read_bytes()  # type: ignore[union-attr]  # it may be None: that is the point
 
-assert_type(cp.save_state_sync({"step": 1}), None)
+assert_type(cp.load_sync(step=1), Path | None)
+assert_type(cp.load_bytes_sync(where={"epoch": 1}), bytes | None)
+assert_type(cp.load_state_sync(best="loss", mode="max"), dict[str, Any] | None)
+cp.load_sync(mode="highest")  # type: ignore[arg-type]
+cp.load_bytes_sync(stp=1)  # type: ignore[call-arg]
+assert_type(cp.loaded, CheckpointInfo | None)
+assert_type(cp.checkpoints_sync(), list[CheckpointInfo])
+assert_type(cp.steps_sync(), list[int])
+assert_type(cp.latest_step_sync(), int | None)
+assert_type(cp.pin_sync(1), CheckpointInfo)
+assert_type(cp.rollback_sync(cp.unpin_sync(1)), CheckpointInfo)
+assert_type(cp.prune_sync(dry_run=True), list[PruneDecision])
+assert_type(cp.should_save(1), bool)
+Checkpoint("a", keep=LatestN(3) | BestN(1, "loss", mode="max") | EveryNSteps(100))
+Checkpoint("a", save_policy=EverySteps(10) | EverySeconds(60) | Budget("2%", mtbf_s=3600))
+Checkpoint("a", fork_from=cp.checkpoints_sync()[0])
+for number in cp.iterate([1, 2], every="60s", shuffle=7, epochs=2):
+    assert_type(number, int)
+
+assert_type(cp.save_state_sync({"step": 1}), CheckpointInfo)
 assert_type(cp.load_state_sync(), dict[str, Any] | None)
 cp.save_state_sync([1])  # type: ignore[arg-type]
 cp.save_state_sync({1: 2})  # type: ignore[dict-item]
@@ -216,6 +249,39 @@ except TaskckptError as error:
     assert_type(error.message, str)
 
 issubclass(TaskckptWarning, UserWarning)
+
+# --- stages ------------------------------------------------------------------------------------
+
+manager = CheckpointManager()
+CheckpointManager("s3://bucket/pipeline", keep=None, storage_options={"key": "k"}, timeout_s=1.5)
+CheckpointManager(Path("a"), keep=LatestN(3) | BestN(1, "loss"))
+CheckpointManager(cp)
+CheckpointManager(7)  # type: ignore[arg-type]
+assert_type(manager.save_checkpoint("a", metadata={"rows": [1, None]}), None)
+assert_type(manager.has_checkpoint("a"), bool)
+assert_type(manager.clear_checkpoints(), None)
+assert_type(manager.clear_checkpoints("a"), None)
+assert_type(manager.run("a", len, [1], fingerprint=fingerprint_of, after="b", wait_s=3), int)
+assert_type(manager.versions("a"), list[int])
+assert_type(manager.status(), list[StageStatus])
+manager.result("a", version=2)
+manager.run("a", 7)  # type: ignore[arg-type]
+manager.save_checkpoint(7)  # type: ignore[arg-type]
+
+
+@manager.stage
+def first(rows: int) -> list[int]:
+    return [rows]
+
+
+@manager.stage(name="second", after=["first"], fingerprint="v1", metadata={"a": 1}, wait_s=1.5)
+async def second(rows: list[int]) -> int:
+    return len(rows)
+
+
+assert_type(first(3), list[int])
+stage_running: Coroutine[Any, Any, int] = second([3])
+first("3")  # type: ignore[arg-type]
 
 # --- iterators ---------------------------------------------------------------------------------
 

@@ -258,6 +258,21 @@ def test_a_damaged_best_one_gives_way_to_the_second_with_a_warning(dest, caplog)
     assert "Passed over a damaged checkpoint" in caplog.text
 
 
+def test_what_was_loaded_is_told(dest, tmp_path):
+    checkpoint = saved(dest, [1, 2])
+    assert checkpoint.loaded is None
+    checkpoint.load_sync()
+    assert checkpoint.loaded.step == 2
+    checkpoint.load_bytes_sync(step=1)
+    assert (checkpoint.loaded.step, checkpoint.loaded.uri) == (1, info_of(checkpoint, 1).uri)
+    fork = Checkpoint(tmp_path / "fork", dest)
+    fork.load_sync()
+    assert fork.loaded.uri.startswith(f"{dest}/log/")
+    empty = Checkpoint(tmp_path / "empty")
+    assert empty.load_sync() is None
+    assert empty.loaded is None
+
+
 def test_where_that_raises_raises(dest):
     with pytest.raises(ZeroDivisionError):
         saved(dest, [1]).load_sync(where=lambda _: 1 / 0)

@@ -25,20 +25,11 @@ LAYERS = [
     *("stages", "stages._manager", "stages._run", "stages._look", "stages._stage"),
     *("stages._versions", "stages._markers", "stages._fingerprint", "stages._status"),
     *("iterators", "iterators._checkpoints", "iterators._retention", "iterators._states"),
-    *("_task", "latest", "context", "_checkpoint", "_iterate", "_loop", "_positions", "_sources"),
+    *("_task", "latest", "_view", "context", "_checkpoint", "_iterate", "_loop", "_positions", "_sources"),
     *("_history_verbs", "_history", "_later", "_pending", "_aside", "_attempt", "_telling"),
     *("_bridge", "_workspace", "_chain", "_selection", "_arguments", "_payload"),
-    *(
-        "_log.writer",
-        "_log.slots",
-        "_log.catalogue",
-        "_foreign",
-        "_archive.extract",
-        "_archive.pack",
-        "_archive.gzip",
-        "_archive.tar",
-        "_archive",
-    ),
+    *("_log.writer", "_log.slots", "_log.catalogue", "_foreign"),
+    *("_archive.extract", "_archive.pack", "_archive.gzip", "_archive.tar", "_archive"),
     *("_log.retention", "_log.history", "_identity", "engines", "_log.records", "_log", "_progress"),
     *("_stores.obstore", "_stores.obstore_clouds", "_stores.obstore_options"),
     *("_stores.azure", "_stores.gcs", "_stores.s3", "_stores.fsspec", "_stores.local", "_layout", "_stores"),
@@ -48,7 +39,7 @@ LAYERS = [
 ]
 
 # Doors that open upwards, inside of functions only: factories, and two rooms that share one door.
-UPWARDS = {("_checkpoint", "context"), ("_stores", "_stores.fsspec"), ("_stores", "_stores.local")}
+UPWARDS = {("_checkpoint", "_view"), ("_stores", "_stores.fsspec"), ("_stores", "_stores.local")}
 UPWARDS |= {("_stores.fsspec", f"_stores.{name}") for name in ("s3", "gcs", "azure", "obstore")}
 
 CLI = ("", "._change", "._verify", "._pull", "._look", "._options", "._exits", "._output")
@@ -82,7 +73,7 @@ LONG_FILE, LONGEST_FILE = 450, 620
 LONG_FUNCTION, LONGEST_FUNCTION = 40, 60
 # Lines that hold code, in all modules of the core: without what is built on ``Checkpoint`` and could be somebody else's.
 BUILT_ON_IT = ("testing", "cli", "stages", "iterators")
-LARGEST_CORE = 10_000
+LARGEST_CORE = 11_000
 
 TREES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import gc
 import itertools
 import logging
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -248,6 +250,29 @@ def test_an_error_of_the_background_comes_out_of_the_loop(requests):
     assert seen == [0, 1]
 
 
+@pytest.mark.parametrize("when", ["before the loop", "at its end"])
+def test_a_loop_begins_and_ends_with_the_errors_of_the_background(requests, when):
+    cp = attempt()
+    cp.load_sync()
+    cp._positions._left.clear()
+
+    def save():
+        requests.fails = True
+        cp.save_later(b"")
+        cp._later.wait(None)
+        requests.fails = False
+
+    def loop():
+        for item in cp.iterate(TEN, every=100):
+            if item == 9:
+                save()
+
+    if when == "before the loop":
+        save()
+    with pytest.raises(UnavailableError, match="As wished"):
+        loop()
+
+
 def test_a_commit_that_fails_comes_out_of_the_loop_and_the_items_are_done(requests):
     it = attempt().iterate(TEN, every=4)
     seen = []
@@ -321,6 +346,16 @@ def test_clear_in_the_body_of_the_last_item():
     assert rest() == TEN
 
 
+def test_a_loop_that_was_cleared_begins_anew_in_the_same_process():
+    cp = attempt()
+    it = cp.iterate(TEN)
+    for item in it:
+        if item == 4:
+            cp.clear_sync()
+            break
+    assert list(it) == TEN
+
+
 def test_a_loop_that_goes_on_after_clear_does_so_from_where_it_is():
     cp = attempt()
     for item in cp.iterate(TEN, every=100):
@@ -331,19 +366,51 @@ def test_a_loop_that_goes_on_after_clear_does_so_from_where_it_is():
     assert rest() == [7, 8, 9]
 
 
-def test_a_save_between_any_two_lines_of_the_loop_counts_no_item_that_is_not_done():
+class Handlers:
+    def __init__(self, call):
+        self.call = call
+
+    def method(self, number, frame):
+        self.call()
+
+    def any_arguments(self, *arguments):
+        self.call()
+
+    @classmethod
+    def all(cls, call):
+        handlers = cls(call)
+        return {
+            "function": lambda number, frame: call(),
+            "method": handlers.method,
+            "any arguments": handlers.any_arguments,
+            "partial": functools.partial(lambda mine, number, frame: call(), "mine"),
+        }
+
+
+@pytest.fixture
+def on_signal():
+    before = signal.getsignal(signal.SIGUSR1)
+    yield functools.partial(signal.signal, signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_signal_handler_between_any_two_lines_of_the_loop_counts_no_item_that_is_not_done(on_signal):
     cp = attempt()
     begun, counted = 0, []
 
-    def interrupt(frame, _event, _argument):  # a tracer is called like a signal handler
+    def look(number, frame):
+        if cp._positions.are_known and cp._positions._running:
+            position = position_of(cp)
+            counted.append((begun, position["epoch"] * 10 + position["done"]))
+
+    def interrupt(frame, _event, _argument):
         if frame.f_code.co_filename.endswith(("_loop.py", "_iterate.py", "_positions.py")):
             sys.settrace(None)
-            position = position_of(cp) if cp._positions.are_known and cp._positions._running else None
+            signal.raise_signal(signal.SIGUSR1)
             sys.settrace(interrupt)
-            if position is not None:
-                counted.append((begun, position["epoch"] * 10 + position["done"]))
         return interrupt
 
+    on_signal(look)
     it = cp.iterate(TEN, every=2)
     before = sys.gettrace()
     sys.settrace(interrupt)
@@ -357,17 +424,15 @@ def test_a_save_between_any_two_lines_of_the_loop_counts_no_item_that_is_not_don
         assert begun - 1 <= done <= begun
 
 
-def test_a_signal_handler_that_saves_counts_no_item_in_whose_middle_it_is():
+@pytest.mark.parametrize("kind", Handlers.all(None))
+def test_a_signal_handler_that_saves_counts_no_item_in_whose_middle_it_is(on_signal, kind):
     cp = attempt()
-    before = signal.signal(signal.SIGUSR1, lambda _number, _frame: cp.save_sync(b""))
-    try:
-        with suppress(Killed):
-            for item in cp.iterate(TEN):
-                if item == 4:
-                    signal.raise_signal(signal.SIGUSR1)
-                    raise Killed
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    on_signal(Handlers.all(lambda: cp.save_sync(b""))[kind])
+    with suppress(Killed):
+        for item in cp.iterate(TEN):
+            if item == 4:
+                signal.raise_signal(signal.SIGUSR1)
+                raise Killed
     assert rest() == TEN[4:]
 
 
@@ -702,6 +767,15 @@ def test_a_save_carries_what_other_threads_have_done_when_it_comes_to_the_commit
     assert elsewhere == 2  # else a commit of the loop's own, made meanwhile, would be taken back
 
 
+def test_what_the_store_has_is_learnt_once():
+    positions = Positions()
+    positions.learn({"a": {"done": 1}})
+    positions.learn({"a": {"done": 2}})  # by another thread, which was slower
+    look = positions.snapshot()
+    assert look is not None
+    assert look() == {"a": {"done": 1}}
+
+
 def test_a_forked_child_counts_on_its_own():
     cp = attempt()
     with suppress(Killed):
@@ -775,6 +849,22 @@ def test_in_a_task_that_is_retried():
 
     work()
     assert seen == [0, 1, 2, 3, 3, 4, 5, 6, 7, 7, 8, 9]
+
+
+def test_a_loop_cannot_outlive_its_task():
+    import taskckpt
+
+    @task(key="iterates")
+    def work():
+        context = taskckpt.ctx()
+        assert context is not None
+        items = iter(context.checkpoint.iterate(TEN, every=2))
+        return next(items), items
+
+    first, items = work()
+    assert first == 0
+    with pytest.raises(StaleAttemptError, match="has ended"):
+        list(items)
 
 
 def test_a_view_cannot_iterate():
@@ -924,6 +1014,15 @@ def test_two_tasks_of_one_event_loop():
     assert left[0] <= 4
 
 
+def test_a_source_of_both_kinds_is_gone_over_as_the_loop_is():
+    class Both(AsyncSource):
+        def __iter__(self):
+            return iter("sync")
+
+    assert asyncio.run(collect(Both(), name="async")) == TEN
+    assert rest(Both(), name="sync") == list("sync")
+
+
 def test_an_asynchronous_loop_that_has_ended_stays_so():
     async def main():
         items = aiter(attempt().iterate(AsyncSource(2)))
@@ -934,6 +1033,40 @@ def test_an_asynchronous_loop_that_has_ended_stays_so():
 
     asyncio.run(main())
     assert asyncio.run(collect(AsyncSource(2))) == []
+
+
+def test_an_asynchronous_loop_whose_source_has_failed_is_over():
+    class Fails(AsyncSource):
+        fails = "at once"
+
+        def __aiter__(self):
+            if self.fails == "at once":
+                raise KeyError(self.fails)
+            return self.items()
+
+        async def items(self):
+            yield 0
+            if self.fails:
+                raise KeyError(self.fails)
+            yield 1
+
+    async def main():
+        source = Fails()
+        it = attempt().iterate(source)
+        with pytest.raises(KeyError, match="at once") as held:
+            await anext(aiter(it))
+        source.fails = "later"
+        items = aiter(it)  # it is not still running
+        assert await anext(items) == 0
+        with pytest.raises(KeyError, match="later"):
+            await anext(items)
+        with pytest.raises(StopAsyncIteration):
+            await anext(items)
+        source.fails = ""
+        assert [item async for item in it] == [1]
+        return held
+
+    asyncio.run(main())
 
 
 def test_commits_do_not_block_the_event_loop(requests):

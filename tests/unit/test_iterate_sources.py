@@ -29,6 +29,7 @@ from tests.iterates import (
     break_at_4,
     position_of,
     rest,
+    stop_at,
 )
 
 # --- shuffles and epochs ---------------------------------------------------------------------------
@@ -267,6 +268,40 @@ def test_a_loop_goes_on_from_the_state_that_a_save_has_carried():
                 raise Killed
     assert list(it) == [8, 9]
     assert source.pulled == 9 + 4  # from 6 on, and not from the beginning
+
+
+def test_a_break_stores_the_state_as_it_is():
+    break_at_4(attempt().iterate(WithState(10), every=100))
+    source = WithState(10)
+    assert rest(source) == [5, 6, 7, 8, 9]
+    assert source.pulled == 5
+
+
+def test_a_source_that_is_not_interrupted_is_never_set_back():
+    source = WithState(10)
+    assert rest(source, epochs=3) == TEN * 3
+    assert source.was_set == 0
+
+
+def test_a_state_that_was_set_is_not_changed_by_the_source():
+    class Keeps(WithState):
+        def set_state(self, state):
+            super().set_state(state)
+            self.state = state
+
+        def __next__(self):
+            if self.was_set:
+                self.state["at"] = 99
+            return super().__next__()
+
+    stop_at(7, Keeps(10), every=3)
+    it = attempt().iterate(Keeps(10))
+    for fails_at in (7, 8):
+        with suppress(Killed):
+            for item in it:
+                if item == fails_at:
+                    raise Killed
+    assert list(it) == [8, 9]
 
 
 def test_states_are_copies():
