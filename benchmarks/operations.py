@@ -70,7 +70,10 @@ def _fresh_folder() -> Path:
 def _taskckpt_save(job: Job) -> Operation:
     from taskckpt import Checkpoint
 
-    return lambda: Checkpoint(job.url, storage_options=job.storage_options).save_sync(job.source)
+    def save() -> None:
+        Checkpoint(job.url, storage_options=job.storage_options).save_sync(job.source)
+
+    return save
 
 
 def _taskckpt_load(job: Job) -> Operation:

@@ -243,7 +243,7 @@ class Loop(Generic[T]):
 
     def take_back(self) -> None:
         """The item that is out is done."""
-        # In this order: a signal handler that saves in between may count it too little, but not twice.
+        # In this order: a thread of the body that nobody waited for may count it too little now, but not twice.
         self._is_out = False
         self._epoch.done += 1
         if self._carried[0] == self._item:

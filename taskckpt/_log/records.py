@@ -11,7 +11,7 @@ import base64
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
@@ -27,7 +27,7 @@ INLINE_LIMIT_BYTES = 64 * 1024
 # A commit of "nothing" has no payload: only positions were saved so far.
 Kind = Literal["bytes", "file", "folder", "state", "nothing"]
 # What metadata may hold: whatever JSON can say.
-Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
 _MODE = re.compile("[0-7]{1,4}")
 _MTIME = re.compile("-?[0-9]{1,19}")

@@ -22,6 +22,7 @@ from taskckpt._log import retention as _retention
 from taskckpt._log import writer as _log
 from taskckpt._log.history import LogMoved, LogReader, View
 from taskckpt._log.records import Commit
+from taskckpt._log.slots import new_nonce
 from taskckpt._log.writer import TaskLog
 from taskckpt._stores import Listing
 from taskckpt._stores.local import LocalStore
@@ -221,7 +222,7 @@ def _keys_without_save_nonce(patch: pytest.MonkeyPatch) -> None:
 def _fork_with_tail(patch: pytest.MonkeyPatch) -> None:
     def fork(parent: Actor, child: Actor) -> None:
         log = copy.copy(parent.checkpoint._attempt._own_log(parent.checkpoint._attempt.open_store()))
-        log._writer, log._dropped, log._unsettled = _log.new_nonce(), [], []
+        log._writer, log._dropped, log._unsettled = new_nonce(), [], []
         log._store = child.checkpoint._attempt.open_store()
         log.reader = LogReader(log._store)
         child.checkpoint._attempt._log = log
@@ -249,7 +250,7 @@ def _children_with_nonces_of_their_own(patch: pytest.MonkeyPatch) -> None:
 
     def setstate(self: Attempt, state: dict[str, Any]) -> None:
         original(self, state)
-        self._claim_nonce = _log.new_nonce()
+        self._claim_nonce = new_nonce()
 
     patch.setattr(Attempt, "__setstate__", setstate)
 

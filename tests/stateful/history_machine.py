@@ -18,9 +18,8 @@ import hypothesis.strategies as st
 from hypothesis import event, note
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from taskckpt import Checkpoint
-from taskckpt._history import PruneDecision
-from taskckpt._keep import BestN, EveryNSteps, KeepPolicy, LatestN
+from taskckpt import BestN, Checkpoint, EveryNSteps, LatestN, PruneDecision
+from taskckpt._keep import KeepPolicy
 from taskckpt.errors import (
     CorruptCheckpointError,
     StaleAttemptError,

@@ -34,7 +34,7 @@ FAULTS: list[tuple[Exception, type[Exception]]] = [
 FAULTS += [(TimeoutError("slow"), UnavailableError), (RuntimeError("odd"), UnavailableError)]
 
 
-class Remote(LocalFileSystem):  # type: ignore[misc]
+class Remote(LocalFileSystem):
     """A folder behind what fsspec gives to a file system that has only the basic verbs (sftp, smb, webhdfs, ...)."""
 
     protocol = "remote"
@@ -164,7 +164,7 @@ class Overwriting(LocalStore):
 
     exclusive: bool | None = None
     created: list[str]
-    before_join: Callable[[], None] | None = None
+    before_join: Callable[[], object] | None = None
 
     def create(self, key, data, stop):
         if Overwriting.before_join is not None and b'"join"' in data:

@@ -13,6 +13,7 @@ import threading
 from dataclasses import FrozenInstanceError
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,9 +94,9 @@ def test_a_checkpoint_is_told_in_full(dest, tmp_path):
 def test_it_is_frozen_and_travels(dest):
     info = Checkpoint(dest).save_sync(b"x", step=1, metadata={"a": 1})
     with pytest.raises(FrozenInstanceError):
-        info.step = 2
+        info.step = 2  # type: ignore[misc]
     with pytest.raises(TypeError):
-        info.metadata["a"] = 2
+        info.metadata["a"] = 2  # type: ignore[index]
     assert pickle.loads(pickle.dumps(info)) == info
 
 
@@ -185,7 +186,15 @@ def test_metadata_that_json_cannot_hold_is_refused_by_its_path(dest, metadata, m
 
 
 def test_metadata_comes_back_as_json_gives_it(dest):
-    given = {"": {}, "__string__": "x", "n": np.int64(3), "f": np.float32(0.5), "t": (1, 2), "none": None, "b": True}
+    given: dict[str, Any] = {
+        "": {},
+        "__string__": "x",
+        "n": np.int64(3),
+        "f": np.float32(0.5),
+        "t": (1, 2),
+        "none": None,
+        "b": True,
+    }
     info = Checkpoint(dest).save_sync(b"x", metadata=given)
     expected = {"": {}, "__string__": "x", "n": 3, "f": 0.5, "t": [1, 2], "none": None, "b": True}
     assert info.metadata == expected
@@ -203,7 +212,7 @@ def test_what_is_no_metric(dest, value):
 
 
 def test_metrics_of_all_kinds_come_back(dest):
-    given = {"int": 3, "inf": math.inf, "low": -math.inf, "numpy": np.float32(0.25)}
+    given: dict[str, Any] = {"int": 3, "inf": math.inf, "low": -math.inf, "numpy": np.float32(0.25)}
     Checkpoint(dest).save_sync(b"x", metrics=given)
     (found,) = Checkpoint(dest).checkpoints_sync()
     assert found.metrics == {"int": 3.0, "inf": math.inf, "low": -math.inf, "numpy": 0.25}
@@ -262,11 +271,13 @@ def test_what_was_loaded_is_told(dest, tmp_path):
     checkpoint = saved(dest, [1, 2])
     assert checkpoint.loaded is None
     checkpoint.load_sync()
+    assert checkpoint.loaded is not None
     assert checkpoint.loaded.step == 2
     checkpoint.load_bytes_sync(step=1)
     assert (checkpoint.loaded.step, checkpoint.loaded.uri) == (1, info_of(checkpoint, 1).uri)
     fork = Checkpoint(tmp_path / "fork", dest)
     fork.load_sync()
+    assert fork.loaded is not None
     assert fork.loaded.uri.startswith(f"{dest}/log/")
     empty = Checkpoint(tmp_path / "empty")
     assert empty.load_sync() is None
@@ -561,7 +572,7 @@ def test_a_fork_from_a_place_takes_its_newest_and_stays_there(dest, tmp_path):
     retry = Checkpoint(target, fork_from=dest)
     assert retry.load_bytes_sync() == BIG + b"1", "a retry begins where the first attempt began"
     retry.save_sync(b"own")
-    assert retry.checkpoints_sync()[0].resumed_from.startswith(f"{dest}/log/")
+    assert str(retry.checkpoints_sync()[0].resumed_from).startswith(f"{dest}/log/")
 
 
 def test_a_fork_from_nothing_is_an_error(dest, tmp_path):

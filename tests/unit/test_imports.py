@@ -71,7 +71,7 @@ SIGNALS = {"LogMoved", "Malformed", "Refused", "Stopped", "_ClaimDenied", "_Malf
 
 LONG_FILE, LONGEST_FILE = 450, 620
 LONG_FUNCTION, LONGEST_FUNCTION = 40, 60
-# Lines that hold code, in all modules of the core: without what is built on ``Checkpoint`` and could be somebody else's.
+# Lines that hold code, in all modules of the core: not in what is built on ``Checkpoint``, which anybody could write.
 BUILT_ON_IT = ("testing", "cli", "stages", "iterators")
 LARGEST_CORE = 11_000
 

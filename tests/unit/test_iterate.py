@@ -262,8 +262,11 @@ def test_a_loop_begins_and_ends_with_the_errors_of_the_background(requests, when
         cp._later.wait(None)
         requests.fails = False
 
+    seen = []
+
     def loop():
         for item in cp.iterate(TEN, every=100):
+            seen.append(item)
             if item == 9:
                 save()
 
@@ -271,6 +274,7 @@ def test_a_loop_begins_and_ends_with_the_errors_of_the_background(requests, when
         save()
     with pytest.raises(UnavailableError, match="As wished"):
         loop()
+    assert seen == ([] if when == "before the loop" else TEN)
 
 
 def test_a_commit_that_fails_comes_out_of_the_loop_and_the_items_are_done(requests):

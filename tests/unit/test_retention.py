@@ -178,7 +178,7 @@ def test_what_cannot_be_read_stays():
 
 def test_pinned_ones_stay_until_they_are_unpinned():
     retention = writer_of(2, [9, 8, 3], pinned=(3,))
-    assert "data/3" in retention.keys()
+    assert retention.keys() >= {"data/3"}
     commit = commit_of(kept(10), retention.plan(kept(10), retention.pinned), (3,))
     assert [old.slot for old in retention.committed(commit)] == [8]
     assert commit.kept == (9, 3)
