@@ -188,10 +188,11 @@ class Attempt:
         began = time.monotonic()
         store = self.open_store()
         self._find_fork(store)
-        view = None
+        view = newest_then = None
         if self._claims:
             with self._exclusively(stop):
-                view = self._own_log(store).view(stop)
+                log = self._own_log(store)
+                view, newest_then = log.view(stop), log.newest
                 self._tell_hold()
         using = _Timed(use)
 
@@ -200,28 +201,30 @@ class Attempt:
             return positions, using(origin, found) if _payload.kind_of(found) != "nothing" else None
 
         found, without_payload = self._chain(stop).newest_good(self._origin(store), view, load, which)
-        newest = without_payload or found
-        self.has_payload = found is not None
         self.loaded = None if found is None else _told(found)
-        self._positions = {} if newest is None else newest.result[0]
-        if newest is not None and self._claims:
-            self._resume_from(newest.origin, newest.what, store, stop)
+        with self._exclusively(stop):
+            # What another thread has saved meanwhile is newer than what was loaded.
+            if self._log is None or self._log.newest is newest_then:
+                self.has_payload = found is not None
+                self._resume_from(without_payload or found, store)
         if found is None:
             logger.info("Nothing to resume from in %s.", self.dest.uri)
             return None
         tell_loaded(found.origin, found.what, find_s=time.monotonic() - began - using.seconds, restore_s=using.seconds)
         return found.result[1]
 
-    def _resume_from(self, origin: Origin, found: Loadable, store: Store, stop: Stop) -> None:
+    def _resume_from(self, found: Found[tuple[dict[str, Any], T | None]] | None, store: Store) -> None:
         """What is saved next goes on from there."""
-        with self._exclusively(stop):
-            if not isinstance(found, Commit):
-                self._resumed_from = found.uri
-            elif origin.store is store:
-                self._resumed_from = found
-            else:
-                self._resumed_from = f"{origin.store.uri}/{slot_key(found.stamp.slot)}"
-            self._own_log(store).resumed(self._resumed_from)
+        self._positions = {} if found is None else found.result[0]
+        if found is None or not self._claims:
+            return
+        if not isinstance(found.what, Commit):
+            self._resumed_from = found.what.uri
+        elif found.origin.store is store:
+            self._resumed_from = found.what
+        else:
+            self._resumed_from = f"{found.origin.store.uri}/{slot_key(found.what.stamp.slot)}"
+        self._own_log(store).resumed(self._resumed_from)
 
     def reader(self) -> LogReader:
         """The log, to be looked at only."""

@@ -356,6 +356,24 @@ def test_a_higher_step_asks_for_no_list(dest):
     del checkpoint
 
 
+def test_a_slow_load_does_not_leave_behind_what_another_thread_saves(dest):
+    checkpoint = saved(dest, [1])
+    in_load, may_go_on = threading.Event(), threading.Event()
+
+    def progress(_done, _total):
+        in_load.set()
+        may_go_on.wait(10)
+
+    loader = threading.Thread(target=checkpoint.load_sync, kwargs={"progress": progress})
+    loader.start()
+    in_load.wait(10)
+    checkpoint.save_sync(BIG + b"2", step=2)
+    may_go_on.set()
+    loader.join()
+    checkpoint.save_sync(BIG + b"3", step=3)
+    assert [(one.step, one.in_lineage) for one in checkpoint.checkpoints_sync()] == [(3, True), (2, True), (1, True)]
+
+
 # --- rollback ----------------------------------------------------------------------------------
 
 
