@@ -238,6 +238,7 @@ class Attempt:
     def went_back(self, commit: Commit, positions: dict[str, Any]) -> None:
         """The task was rolled back."""
         self._resumed_from, self._positions, self.has_payload = commit, positions, commit.has_payload
+        self.loaded = info_of(commit, commit, self.dest.uri)
 
     @property
     def positions(self) -> dict[str, Any]:

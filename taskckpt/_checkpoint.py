@@ -314,6 +314,8 @@ class Checkpoint(HistoryVerbs):
 
     def _loaded(self) -> None:
         self._positions.adopt(self._attempt.positions)
+        if self._schedule is not None:
+            self._schedule.resumed(None if self.loaded is None else self.loaded.step)
 
     def load_bytes_sync(self, *, progress: Progress | None = None, **which: Unpack[Which]) -> bytes | None:
         """The newest good checkpoint of bytes or of a file, as bytes; None if nothing was saved yet.
@@ -460,14 +462,17 @@ class Checkpoint(HistoryVerbs):
         self._attempt.expect_writable("save")
         self._attempt.expect_outside(data)
         self._later.settle(stop)
-        with reporting(progress, "save") as report:
-            commit = self._attempt.save(look, request, stop, report)
-        self._note_save(time.monotonic() - began, request)
+        try:
+            with reporting(progress, "save") as report:
+                commit = self._attempt.save(look, request, stop, report)
+        finally:
+            self._note_save(began, request)
         return info_of(commit, commit, self.remote_destination)
 
-    def _note_save(self, cost_s: float, request: SaveRequest) -> None:
+    def _note_save(self, began: float, request: SaveRequest) -> None:
+        """The task could not go on since then: the time of a save that failed is spent as well."""
         if self._schedule is not None:
-            self._schedule.saved(cost_s, request.notes.step)
+            self._schedule.saved(time.monotonic() - began, request.notes.step)
 
     def save_later(
         self,
@@ -502,9 +507,10 @@ class Checkpoint(HistoryVerbs):
             The error of an earlier save in the background: then this one has not begun.
         """
         began, request = time.monotonic(), self._request(**notes)
-        pending = self._later.save(data, request, checked_policy(policy), checked_progress(progress))
-        self._note_save(time.monotonic() - began, request)
-        return pending
+        try:
+            return self._later.save(data, request, checked_policy(policy), checked_progress(progress))
+        finally:
+            self._note_save(began, request)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Waits until all that ``save_later`` began so far has ended. Ctrl-C ends the waiting, not the saves.

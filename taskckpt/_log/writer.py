@@ -85,6 +85,7 @@ class TaskLog(SlotWriter):
         self._resumed_from = resumed_from
         self._went_back = False
         self._annotations: set[str] = set()  # nonces of own commits that are not what this attempt goes on from
+        self._rollbacks: dict[str, Commit] = {}  # by their nonces, until it is known that they are there
         self._newest: Commit | None = None
         self._count = 0
         self._adopted = 0
@@ -203,9 +204,9 @@ class TaskLog(SlotWriter):
 
         It stays until two newer ones exist. Raises: as ``commit``.
         """
-        self._resumed_from, self._count = commit, 0
         nonce = new_nonce()
-        return self._add(lambda slot: self._repeated(commit, slot, nonce), [], stop)
+        self._rollbacks[nonce] = commit
+        return self._add(lambda slot: replace(self._repeated(commit, slot, nonce), count=0), [], stop)
 
     def move_on(self, save_nonce: str, positions: Stored, stop: Stop) -> Commit:
         """Commits the payload that the attempt goes on from again, or nothing, with new positions.
@@ -390,6 +391,7 @@ class TaskLog(SlotWriter):
         is_elsewhere = self._position is not None and self._position.original != commit.original
         if commit.stamp.nonce not in self._annotations or not is_elsewhere:
             self._position, self._went_back = commit, False
+        self._resumed_from = self._rollbacks.pop(commit.stamp.nonce, self._resumed_from)
         self._count = commit.count
         self._drop(dropped)
         # Several commits may share one payload.

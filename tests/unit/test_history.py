@@ -418,6 +418,25 @@ def test_nothing_changes_when_the_step_is_damaged_or_not_there(dest):
     assert checkpoint.checkpoints_sync() == before
 
 
+def test_a_rollback_that_failed_changes_nothing(dest):
+    saved(dest, [1, 2])
+    faults: list[Exception] = []
+
+    def fail_once(when, verb, keys):
+        if faults and (when, verb) == ("before", "create"):
+            raise faults.pop()
+
+    with intercepted(fail_once):
+        retry = Checkpoint(dest, keep=1)
+        retry.load_sync()
+        faults.append(UnavailableError("down"))
+        with pytest.raises(UnavailableError):
+            retry.rollback_sync(1)
+        told = retry.save_sync(b"x", step=3)
+    assert str(told.resumed_from).endswith("-000000000003.jsonl"), "which it had loaded"
+    assert retry.steps_sync() == [2, 3]
+
+
 def test_a_state_in_the_record_is_rolled_back_too(dest):
     checkpoint = Checkpoint(dest)
     for step in (1, 2):
