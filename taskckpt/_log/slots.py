@@ -12,6 +12,7 @@ import random
 import secrets
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -195,7 +196,7 @@ class SlotWriter:
             # Our child joined already: join it. A newer attempt: we are stale. Else our claim filled a slot
             # that others had left behind, and fences nobody: claim again. The next round tells.
             return None
-        self._begin(claim_id, slot, survey)
+        self._begin(claim_id, slot, replace(survey, view=view))
         logger.debug("Claimed %s in slot %d.", self._store.uri, slot)
         return view
 
@@ -234,7 +235,7 @@ class SlotWriter:
         view = self.reader.look()
         if view.top > slot:
             return None
-        self._begin(survey.owner, slot, survey)
+        self._begin(survey.owner, slot, replace(survey, view=view))
         logger.debug("Joined %s in slot %d.", self._store.uri, slot)
         return view
 

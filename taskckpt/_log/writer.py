@@ -444,7 +444,8 @@ class TaskLog(SlotWriter):
         self._unindexed = {slot: one for slot, one in self._unindexed.items() if slot > page.last}
         # The next commit says so; if there is none, this page is as good as not there.
         rest = Catalogued(page.last, more - len(commits) if newest.catalogued.more else 0)
-        self._newest = replace(newest, catalogued=rest)
+        if self._newest is newest:  # else a save from a signal handler came in between
+            self._newest = replace(newest, catalogued=rest)
 
     def _delete_dead_records(self) -> None:
         dead = dead_records(self._dropped, first=self._first, last=self._last)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
-from tests.model.protocol_model import ENTRIES, Config, Local, Protocol
+from tests.model.protocol_model import ENTRIES, Config, Local, Protocol, Rec, has
 
 T = TypeVar("T")
 Scan = tuple[int, int, int, int]  # readdir: slots there at its start, slots touched since, the listing before, must
@@ -34,6 +34,7 @@ class State(NamedTuple):
     held: int = 0  # ghost: slot of the newest claim that was held
     buried: tuple[int, ...] = ()  # ghost: rids that were created below a newer record, or in a used slot
     doomed: int = 0  # ghost: rids of the commits and foreign claims that a clear finished with
+    pins: int = 0  # ghost: rids of what an acknowledged pin holds
 
 
 @dataclass
@@ -74,7 +75,7 @@ class Explorer:
         self._lids: dict[Local, int] = {}
         self._requests: dict[tuple[int, int], tuple[str, int]] = {}
         self._moves: dict[tuple[int, int, object], tuple[int, tuple[str, int] | None]] = {}
-        self._views: dict[tuple[tuple[int, ...], int, int, int], tuple[str, ...]] = {}
+        self._views: dict[tuple[tuple[int, ...], int, int, int, int], tuple[str, ...]] = {}
         self._twins = [self._twin(i) for i in range(len(config.writers))]
         self._families = [i if w.parent is None else w.parent for i, w in enumerate(config.writers)]
         self._unborn = self._lid(Local("unborn"))
@@ -230,7 +231,11 @@ class Explorer:
             wrong.append("I2 a fenced attempt claims again")
         if rec.kind == "clear":
             over = (r for r in log if r > 0 and r != rec.claim and self.recs[r].kind in ("claim", "commit"))
-            after = after._replace(doomed=after.doomed | sum(1 << r for r in over))
+            after = after._replace(doomed=after.doomed | sum(1 << r for r in over), pins=0)
+        if rec.verb == "unpin":
+            after = after._replace(pins=after.pins & ~(1 << rec.about))
+        if rec.kind == "commit" and state.best and state.best not in self.protocol.outcome(rid):
+            wrong.append("I11 an acknowledged save or clear is left behind, and nobody rolled it back")
         return after, tuple(wrong)
 
     def _trim(self, state: State, i: int, lid: int, floor: int) -> Iterator[Outcome]:
@@ -304,6 +309,8 @@ class Explorer:
                 return state, (f"I2 {name} in a slot that was used before or lies below newer ones",)
         if name == "held":
             return state._replace(held=max(state.held, rec.slot)), ()
+        if name == "saved" and rec.verb == "pin" and not self._undone(state, rec):
+            state = state._replace(pins=state.pins | 1 << rec.about)
         if name == "saved":
             return state._replace(best=rid if rec.slot > self.recs[state.best].slot else state.best), ()
         if name == "stale":
@@ -314,9 +321,14 @@ class Explorer:
             return state, ("I1 a load that began later gives something older, or None",)
         return state, ("I7 a reader calls it corrupt, and nothing is damaged",) if name == "corrupt" else ()
 
+    def _undone(self, state: State, pin: Rec) -> bool:
+        """Whether somebody unpinned or cleared what was pinned, before the one who pinned it heard of its success."""
+        above = [self.recs[abs(rid)] for rid in state.log[pin.slot :]]
+        return any(rec.kind == "clear" or (rec.verb, rec.about) == ("unpin", pin.about) for rec in above)
+
     def _view(self, state: State) -> tuple[str, ...]:
         """What a load that sees this whole state at once would find."""
-        known = (state.log, state.data, state.best, state.doomed)
+        known = (state.log, state.data, state.best, state.doomed, state.pins)
         found = self._views.get(known)
         if found is None:
             found = self._views[known] = tuple(self._look(state))
@@ -331,8 +343,9 @@ class Explorer:
         if rec.kind == "commit" and not state.data >> rec.key & 1:
             yield "I5 the payload of the newest commit is not there"
         older = self.recs[rec.base]
-        if rec.kind == older.kind == "commit" and older.claim != rec.claim and not state.data >> older.key & 1:
+        if rec.saves == 1 and not rec.repeats and older.kind == "commit" and not state.data >> older.key & 1:
             yield "I5 the checkpoint resumed from is gone, and there is one own commit only"
+        yield from self._look_back(state, newest)
         if newest != state.best and rec.slot <= best.slot and (best.kind == "commit" or newest):
             yield (
                 "I6 an acknowledged save is gone" if not newest else "I1 something older outranks an acknowledged save"
@@ -340,6 +353,19 @@ class Explorer:
         there = rec.kind == "commit" and state.log[rec.slot - 1] == newest and state.data >> rec.key & 1
         if there and state.doomed & (1 << newest | 1 << rec.claim):
             yield "I3 a finished task's state is back"
+
+    def _look_back(self, state: State, newest: int) -> Iterator[str]:
+        """What is retained beside the newest commit."""
+        rec, lineage = self.recs[newest], set(self.protocol.lineage(newest))
+        if not all(state.data >> self.recs[r].key & 1 for r in rec.kept):
+            yield "I5 the payload of a retained commit is not there"
+        if any(has(rec.left, self.recs[r].slot) and r not in lineage for r in rec.kept):
+            yield "I9 a load may fall back to what was left behind"
+        pinned = [r for r in range(state.pins.bit_length()) if state.pins >> r & 1]
+        if not all(state.data >> self.recs[r].key & 1 for r in pinned):
+            yield "I10 a pinned checkpoint is deleted"
+        if not set(pinned) <= set(rec.pinned):
+            yield "I10 a pin is lost"
 
     # -- tables ---------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ of one attempt. Records are interned; a record is talked about by its number (`r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,11 +42,21 @@ class Rules:
     confirm_stale: bool = True  # the same before a writer takes another attempt's record at the top for its end
     confirm_all: bool = False  # the same for every record that a load reads at the top: not needed
     agree: bool = True  # readdir: repeat until two listings agree
+    shared: bool = True  # a payload goes only with the last retained commit that names it
+    own_leftovers: bool = True  # the payload that an undecided commit repeats is no leftover of it
+    left_behind: bool = True  # a rollback says what no later load may fall back to
+    ask_again: bool = True  # what is repeated is decided anew where somebody else got the slot
+    merge_pins: bool = True  # ... and so is what is pinned
+    still_there: bool = True  # what somebody dropped meanwhile is neither repeated nor pinned
 
 
 @dataclass(frozen=True)
 class Writer:
-    """One process: its script of `load`, `save`, `clear`, `sweep`, and whose child it is."""
+    """One process: its script, and whose child it is.
+
+    `load`, `save`, `clear`, `sweep`; `pin` the newest checkpoint, `unpin` the oldest pinned one, `rollback` to the
+    oldest one there is, `prune`. One who joins to pin beside a running attempt is a child that never saves.
+    """
 
     name: str
     script: tuple[str, ...]
@@ -76,9 +87,15 @@ class Rec(NamedTuple):
     claim: int  # rid of the claim it stands under; 0 in a claim itself
     n: int = 0  # the save nonce (unique with `writer`)
     base: int = 0  # rid of the newest commit or clear below
-    kept: tuple[int, ...] = ()  # rids of the older commits that stay
+    kept: tuple[int, ...] = ()  # rids of the older commits that stay, newest first
     replaces: int = 0  # rid of the claim that this claim fences; real records carry nonces, see `fenced`
     key: int = -1  # number of the payload
+    repeats: int = 0  # rid of the commit that this one repeats
+    saves: int = 0  # commits of the claim since it resumed, without repeated ones
+    pinned: tuple[int, ...] = ()  # rids of the originals that stay
+    left: tuple[tuple[int, int], ...] = ()  # ranges of slots that are no ancestors
+    verb: str = ""  # ghost: the operation that a repeated commit is of
+    about: int = 0  # ghost: the original that it pins, unpins or goes back to
 
 
 class Local(NamedTuple):
@@ -98,12 +115,20 @@ class Local(NamedTuple):
     todo: tuple[int, ...] = ()  # payloads still to delete
     dead: tuple[int, ...] = ()  # payloads of undecided saves
     floor: int = 0  # rid of the commit or clear whose prune runs
+    target: int = 0  # what is rolled back to, pinned or unpinned
+    was: int = 0  # the newest commit when that was decided (without `ask_again` or `merge_pins`)
     must: int = 0  # ghost: newest acknowledged record when this load began
 
 
 Event = tuple[str, int] | None
 Move = tuple[Local, Event]
 ENTRIES = ("claim", "join")
+REPEATS = ("pin", "unpin", "rollback", "prune")
+
+
+def has(left: tuple[tuple[int, int], ...], slot: int) -> bool:
+    """Whether a slot is in none of these ranges."""
+    return not any(first <= slot <= last for first, last in left)
 
 
 class Protocol:
@@ -158,6 +183,29 @@ class Protocol:
             claim = self.recs[claim].replaces
         return found
 
+    def original(self, rid: int) -> int:
+        """The commit that first had this payload."""
+        while self.recs[rid].repeats:
+            rid = self.recs[rid].repeats
+        return rid
+
+    def retained(self, rid: int) -> tuple[int, ...]:
+        """The commits that are there after commit `rid`, newest first; none after a clear."""
+        return (rid, *self.recs[rid].kept) if self.recs[rid].kind == "commit" else ()
+
+    def lineage(self, rid: int) -> Iterator[int]:
+        """A commit and all that it goes on from, as it really is, down to the beginning."""
+        while rid:
+            yield rid
+            rid = self.recs[rid].repeats or self.recs[rid].base
+
+    def outcome(self, rid: int) -> Iterator[int]:
+        """The same, and what it left behind because somebody asked for that."""
+        while rid:
+            yield rid
+            rec = self.recs[rid]
+            rid = rec.base if rec.verb == "rollback" else rec.repeats or rec.base
+
     # -- what a writer asks of the store --------------------------------------------------------------
 
     def request(self, me: int, local: Local) -> tuple[str, int]:
@@ -192,20 +240,56 @@ class Protocol:
         return Rec("claim", slot, me, attempt, 0, base=base, replaces=self.claim_of(seen))
 
     def commit(self, me: int, local: Local) -> Rec:
-        """The commit or clear at own last + 1. keep=1: itself, and what we resumed from in our first."""
+        """The commit or clear at own last + 1."""
         head = Rec("clear", local.last + 1, me, self.attempts[me], local.claim, local.n, local.base)
-        if self.config.writers[me].script[local.op] == "clear":
+        verb, base = self._verb(me, local), self.recs[local.base]
+        if verb == "clear":
             return head
-        base = self.recs[local.base]
-        resumed = base.kind == "commit" and base.claim != local.claim and self.rules.retain_resumed
-        kept = (local.base,) if resumed else ()
-        return head._replace(kind="commit", kept=kept, key=self.key(me, local, local.n))
+        saves = base.saves if base.claim == local.claim else 0
+        new = head._replace(kind="commit", saves=saves, pinned=base.pinned)
+        if verb == "save":
+            new = new._replace(saves=saves + 1, key=self.key(me, local, local.n))
+            return self._keeping(new, local.base if saves == 0 and self.rules.retain_resumed else 0)
+        repeats = local.base if self.rules.ask_again else local.was
+        if verb == "rollback":
+            repeats, new = local.target, new._replace(saves=0)
+        original, before = self.original(local.target), new.pinned
+        new = new._replace(repeats=repeats, key=self.recs[repeats].key, verb=verb, about=original)
+        if not self.rules.merge_pins:
+            before = self.recs[local.was].pinned
+        if verb == "pin":
+            new = new._replace(pinned=tuple(sorted({*before, original})))
+        if verb == "unpin":
+            new = new._replace(pinned=tuple(r for r in before if r != original))
+        return self._keeping(new, 0, all_=verb != "prune")
+
+    def _keeping(self, new: Rec, resumed: int, *, all_: bool = False) -> Rec:
+        """What a commit retains. keep=1: itself, what is pinned, and what we resumed from in our first.
+
+        A repeated one retains all but the one that it repeats if that is the newest. Of several that repeat one
+        checkpoint one stays: the newest ancestor, or else the newest.
+        """
+        before, position = self.retained(new.base), new.repeats or new.base
+        left = self.recs[position].left
+        if self.recs[position].slot < self.recs[new.base].slot and self.rules.left_behind:
+            left += ((self.recs[position].slot + 1, self.recs[new.base].slot),)
+        own = self.original(new.repeats)
+        if all_:
+            kept = tuple(r for r in before if r != new.base or self.original(r) != own)
+        else:
+            mine = sorted(before, key=lambda r: (has(left, self.recs[r].slot), self.recs[r].slot))
+            chosen = {self.original(r): r for r in mine}
+            stay = {*new.pinned, self.original(resumed)} - {0, own}
+            kept = tuple(sorted((r for o, r in chosen.items() if o in stay), key=lambda r: -self.recs[r].slot))
+        lowest = min((self.recs[r].slot for r in kept), default=new.slot)
+        return new._replace(kept=kept, left=tuple(span for span in left if span[1] >= lowest))
 
     def goes(self, rid: int) -> tuple[int, ...]:
         """The payloads that commit or clear `rid` decides to delete."""
         rec = self.recs[rid]
-        older = (rec.base, *self.recs[rec.base].kept) if rec.base else ()
-        return tuple(self.recs[r].key for r in older if self.recs[r].kind == "commit" and r not in rec.kept)
+        stays = {self.recs[r].key for r in self.retained(rid)} if self.rules.shared else set()
+        keys = (self.recs[r].key for r in self.retained(rec.base) if r not in rec.kept)
+        return tuple(dict.fromkeys(k for k in keys if k not in stays))
 
     # -- how a writer goes on -------------------------------------------------------------------------
 
@@ -231,10 +315,36 @@ class Protocol:
             return local._replace(pc="put", n=local.n + 1)
         if verb == "sweep":
             return local._replace(pc="survey")
+        if verb in REPEATS:
+            return self._choose(me, local, verb)
         return local._replace(pc="commit" if self.rules.fenced_clear else "wipe", n=local.n + 1, put=True)
 
+    def _choose(self, me: int, local: Local, verb: str) -> Local:
+        """Which checkpoint an operation is about, of those that this process knows."""
+        there = self.retained(local.base)
+        if verb == "unpin":
+            there = tuple(r for r in there if self.original(r) in self.recs[local.base].pinned)
+        if not there:
+            return self._next(me, local)
+        target = there[0] if verb in ("pin", "prune") else there[-1]
+        was = 0 if self.rules.ask_again and self.rules.merge_pins else local.base
+        return local._replace(pc="commit", n=local.n + 1, put=True, target=target, was=was)
+
+    def _try(self, me: int, local: Local) -> Move:
+        """On to create the commit, unless what it is about was dropped meanwhile."""
+        if local.target:
+            there = self.retained(local.base)
+            fits = self._verb(me, local) != "rollback" and self.original(local.target) in map(self.original, there)
+            if not there or (self.rules.still_there and not fits and local.target not in there):
+                return self._next(me, local), ("gone", local.target)
+        return local._replace(pc="commit"), None
+
+    def _verb(self, me: int, local: Local) -> str:
+        return self.config.writers[me].script[local.op]
+
     def _next(self, me: int, local: Local) -> Local:
-        return self.begin(me, local._replace(op=local.op + 1, todo=(), floor=0, put=False, seen=0, top=0, must=0))
+        now = local._replace(op=local.op + 1, todo=(), floor=0, put=False, seen=0, top=0, target=0, was=0, must=0)
+        return self.begin(me, now)
 
     def _entered(self, me: int, local: Local, rid: int) -> Move:
         rec = self.recs[rid]
@@ -243,7 +353,7 @@ class Protocol:
         now = now._replace(last=rec.slot, first=rec.slot, top=0)
         event = ("held" if rec.kind == "claim" else "joined", rid)
         if local.put:
-            return now._replace(pc="commit"), event
+            return self._try(me, now)[0], event
         if self._loads(me, local):  # on with the view that we have
             return self._follow(me, now._replace(top=rec.slot), rid)[0], event
         return self.begin(me, now), event
@@ -298,7 +408,8 @@ class Protocol:
         if reply == "ok":
             return self._acknowledged(me, local, self.rid(self.commit(me, local)))
         if reply == "give up":
-            key = self.commit(me, local).key
+            given_up = self.commit(me, local)
+            key = -1 if given_up.repeats and self.rules.own_leftovers else given_up.key
             local = local._replace(late=tuple(sorted({*local.late, local.last + 1})))
             dead = local.dead if key < 0 or key in local.dead else (*local.dead, key)
             if self.rules.settle_leftovers or not dead:
@@ -321,7 +432,7 @@ class Protocol:
         if not self.rules.advance:
             return Local("stale"), ("stale", local.claim)
         dead = tuple(k for k in local.dead if k != rec.key)
-        return local._replace(pc="commit", last=rec.slot, base=self.newest(rid), dead=dead), None
+        return self._try(me, local._replace(last=rec.slot, base=self.newest(rid), dead=dead))
 
     def _acknowledged(self, me: int, local: Local, rid: int) -> Move:
         rec = self.recs[rid]

@@ -54,7 +54,8 @@ def shallow_fenced(fenced: int) -> Config:
     return replace(world, rules=replace(world.rules, fenced=fenced))
 
 
-# R only reads, Q and P are forked from A. States and seconds of each stand in the README.
+# R only reads, Q and P are forked from A, J and K join to pin and prune.
+# States and seconds of each stand in the README.
 SAFE: dict[str, Config] = {
     "three attempts": _world("A save save", "B save save", "C save save"),
     "three attempts, reader": _world("A save save", "B save", "C save", "R<view load"),
@@ -78,6 +79,16 @@ SAFE: dict[str, Config] = {
     "sweep, late create": _world("A save save", "B sweep save sweep", faults=1, delayed=True, separate_puts=True),
     "readdir": _world("A save save", "B save", "R<view load", readdir=(1, 2)),
     "readdir, guard of 2": _world("A save save save", "B save", newest=2, readdir=(0, 1)),
+    "pins": _world("A save pin save unpin save", "B save save pin save"),
+    "joiner": _world("A save save save", "J<A pin prune", max_slot=9),
+    "joiner, lost reply": _world("A save save", "J<A pin", faults=1, max_slot=8),
+    "joiner, late create": _world("A save save", "J<A pin prune", faults=1, delayed=True, max_slot=7),
+    "joiner, clear": _world("A save clear save", "J<A pin rollback", max_slot=8),
+    "joiner, second attempt": _world("A save save", "J<A pin", "B save save", max_slot=8),
+    "rollback, reader": _world("A save pin save rollback save", "B save rollback", "R<view load"),
+    "rollback, joiner": _world("A save", "B save rollback save", "J<B pin", max_slot=7),
+    "rollback, lost reply": _world("A save pin save rollback save", "B save rollback save", faults=1),
+    "rollback, late create": _world("A save pin save rollback save", "B save", faults=1, delayed=True),
 }
 
 FULL: dict[str, Config] = {
@@ -94,4 +105,9 @@ FULL: dict[str, Config] = {
     "child, sweep, clear": _world("A save clear", "Q<A save save", "B sweep save", separate_puts=True, max_slot=8),
     "readdir of all, clear": _world("A save clear", "B save", "R<view load", readdir=(0, 1, 2)),
     "readdir, late create": _world("A save save", "B save", faults=1, delayed=True, readdir=(0, 1)),
+    "two joiners": _world("A save save", "J<A pin", "K<A unpin pin", max_slot=8),
+    "joiner, second attempt, late create": _world(
+        "A save save", "J<A pin", "B save", faults=1, delayed=True, max_slot=8
+    ),
+    "rollback, joiner, lost reply": _world("A save", "B save rollback save", "J<B pin", faults=1, max_slot=8),
 }

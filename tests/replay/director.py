@@ -27,10 +27,11 @@ class Director:
 
     on_fork: Callable[[Actor, Actor], None] | None = None
 
-    def __init__(self, stage: Stage, schedule: Schedule, *, shift: int = 0) -> None:
+    def __init__(self, stage: Stage, schedule: Schedule, *, shift: int = 0, eager: tuple[str, ...] = ()) -> None:
         self.stage = stage
         self.schedule = schedule
         self.shift = shift  # so many slots lie below the story
+        self.eager = eager  # they have looked at all that they want to know before others go on
         self.skipped: list[Step] = []
 
     def play(self) -> Director:
@@ -70,11 +71,16 @@ class Director:
         while not actor.done and actor.pending is not None:
             if self._fits(actor.pending, step):
                 self.stage.let_go(who, self._verdict(step, actor.pending))
+                self._look_ahead(actor)
                 return
             if actor.pending.verb not in HARMLESS or (actor.pending.verb == "delete" and "delete" in verb):
                 break
             self.stage.let_go(who)
         self.skipped.append(step)
+
+    def _look_ahead(self, actor: Actor) -> None:
+        while actor.name in self.eager and actor.pending is not None and actor.pending.verb in HARMLESS[:-1]:
+            self.stage.let_go(actor.name)
 
     def _verdict(self, step: Step, request: Request) -> Verdict:
         if step[-1] == "fails":

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 
 from tests.replay.stage import Landed, Outcome, Stage
 
 
 def violations(stage: Stage) -> list[str]:
     """All that is wrong, each beginning with the number of its invariant."""
-    found = [*_payloads(stage), *_records(stage)]
+    found = [*_payloads(stage), *_records(stage), *_repeated(stage), *_pins(stage)]
     for outcome in stage.outcomes:
         found += _load(stage, outcome) if outcome.verb == "load" else _change(stage, outcome)
         if outcome.result == "stale" and not _outdone(stage, outcome):
@@ -56,24 +57,26 @@ def _needed(commits: list[Landed]) -> Iterator[Landed]:
         return
     newest = commits[-1]
     yield newest
+    yield from (one for one in commits if one.slot in newest.record.get("kept", ()))
     before = commits[-2] if len(commits) > 1 else None
     if newest.kind == "commit" and before is not None and before.kind == "commit" and before.attempt != newest.attempt:
         yield before
 
 
 def _acknowledged(stage: Stage, before: int) -> Iterator[Landed]:
-    """The records of saves and clears that had returned by then."""
+    """The records of what had returned by then."""
     for outcome in stage.outcomes:
-        if outcome.verb in ("save", "clear") and outcome.result == "done" and outcome.ended <= before:
+        if outcome.verb != "load" and outcome.result == "done" and outcome.ended <= before:
             record = _record_of(stage, outcome)
             if record is not None:
                 yield record
 
 
 def _record_of(stage: Stage, outcome: Outcome) -> Landed | None:
-    kind = {"save": "commit"}.get(outcome.verb, outcome.verb)
+    kind = "clear" if outcome.verb == "clear" else "commit"
     for one in reversed(stage.landed):
-        if one.who == outcome.who and one.kind == kind and one.label == outcome.label and one.clock <= outcome.ended:
+        same = one.verb == outcome.verb if one.repeats else one.label == outcome.label
+        if same and one.who == outcome.who and one.kind == kind and outcome.began <= one.clock <= outcome.ended:
             return one
     return None
 
@@ -84,7 +87,8 @@ def _change(stage: Stage, outcome: Outcome) -> Iterator[str]:
         return
     record = _record_of(stage, outcome)
     if record is None:
-        if outcome.verb == "save" or any(one.clock < outcome.ended for one in stage.landed):
+        somebody_wrote = any(one.clock < outcome.ended for one in stage.landed)
+        if outcome.verb == "save" or (outcome.verb == "clear" and somebody_wrote):
             yield f"I1 {outcome.who}'s {outcome.verb} {outcome.label} is said to be done, and there is no record of it"
         return
     if record.void:
@@ -92,6 +96,37 @@ def _change(stage: Stage, outcome: Outcome) -> Iterator[str]:
     newer = [one for one in stage.landed if one.kind == "claim" and not one.void and one.clock < record.clock]
     if newer and max(newer, key=lambda one: one.slot).attempt != record.attempt:
         yield f"I2 saved: {outcome.who}'s {outcome.verb} {outcome.label} was acknowledged after it was fenced"
+
+
+def _repeated(stage: Stage) -> Iterator[str]:
+    """A commit that is repeated is the newest, but for a rollback, which says what it leaves behind."""
+    commits = [one for one in stage.landed if one.kind in ("commit", "clear") and not one.void]
+    for before, one in pairwise(commits):
+        if one.repeats and one.verb != "rollback" and (before.kind, before.label) != ("commit", one.label):
+            yield f"I11 {one.who}'s {one.verb} leaves {before.label or before.kind} behind"
+        if one.verb != "rollback":
+            continue
+        behind = [range(first, last + 1) for first, last in one.record.get("left_behind", ())]
+        for older in (older for older in commits if older.slot in one.record["kept"] and older.label != one.label):
+            if older.slot > one.record["repeats"]["slot"] and not any(older.slot in span for span in behind):
+                yield f"I9 a load may fall back to {older.label}, which {one.who} left behind"
+
+
+def _pins(stage: Stage) -> Iterator[str]:
+    """What was pinned stays so until somebody unpins anything, or clears."""
+    for outcome in stage.outcomes:
+        pin = _record_of(stage, outcome) if (outcome.verb, outcome.result) == ("pin", "done") else None
+        if pin is None:
+            continue
+        original = pin.record["pinned"][0]
+        keys = {one.key for one in stage.landed if one.kind == "commit" and one.slot == original}
+        later = [one for one in stage.landed if one.slot >= pin.slot and not one.void]
+        ends = min((one.clock for one in later if one.kind == "clear" or one.verb == "unpin"), default=stage.clock + 1)
+        if any(clock < ends and key in keys for clock, key in stage.gone):
+            yield f"I10 {outcome.who} pinned {pin.label}, and it is deleted"
+        for one in later:
+            if one.kind == "commit" and one.clock < ends and original not in one.record.get("pinned", ()):
+                yield f"I10 {outcome.who}'s pin of slot {original} is lost in slot {one.slot}"
 
 
 def _load(stage: Stage, outcome: Outcome) -> Iterator[str]:

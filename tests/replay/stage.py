@@ -11,7 +11,7 @@ import json
 import pickle
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 from taskckpt import Checkpoint
@@ -56,9 +56,15 @@ class Landed:
     record: dict  # type: ignore[type-arg]
     void: bool  # in a slot that was used before, or below the newest one
 
+    verb: str = ""  # what its writer was about
+
     @property
     def slot(self) -> int:
         return int(self.record["slot"])
+
+    @property
+    def repeats(self) -> bool:
+        return "repeats" in self.record
 
     @property
     def kind(self) -> str:
@@ -247,8 +253,29 @@ class Stage:
         if verb == "clear":
             checkpoint.clear_sync()
             return "done"
+        if verb == "prune":
+            checkpoint.prune_sync()
+            return "done"
+        if verb != "load":
+            return Stage.mark(checkpoint, verb)
         found = checkpoint.load_bytes_sync()
         return None if found is None else found.decode().strip()
+
+    @staticmethod
+    def mark(checkpoint: Checkpoint, verb: str) -> str:
+        """Pins the newest checkpoint, unpins the oldest pinned one, or goes back to the oldest."""
+        there = checkpoint.checkpoints_sync()
+        if verb == "unpin":
+            there = [one for one in there if one.pinned]
+        if not there:
+            return "nothing to do"
+        if verb == "pin":
+            checkpoint.pin_sync(there[0])
+        elif verb == "unpin":
+            checkpoint.unpin_sync(there[-1])
+        else:
+            checkpoint.rollback_sync(there[-1])
+        return "done"
 
     def final(self) -> Outcome:
         """What a view that comes after everything loads."""
@@ -332,7 +359,11 @@ class Stage:
         record = json.loads(data.partition(b"\n")[0])
         used = [one.slot for one in self.landed]
         void = bool(used) and (record["slot"] in used or record["slot"] < max(used))
-        self.landed.append(Landed(self.clock, who, label, record, void))
+        landed = Landed(self.clock, who, label, record, void, self.actors[who].outcome.verb)  # type: ignore[union-attr]
+        if landed.repeats:  # it is known by what was saved
+            label = next(one.label for one in self.landed if one.kind == "commit" and one.key == landed.key)
+            landed = replace(landed, label=label)
+        self.landed.append(landed)
 
     def deleted(self, keys: Sequence[str]) -> None:
         self.gone += [(self.clock, key) for key in keys]

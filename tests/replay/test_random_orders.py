@@ -30,6 +30,13 @@ CASTS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("R", "load load load", "view"),
     ),
     "clear": (("A", "save clear save", ""), ("B", "load save clear", ""), ("R", "load load load", "view")),
+    "pins": (("A", "save pin save unpin save", ""), ("J", "pin prune", "A"), ("B", "load save pin save", "")),
+    "rollback": (("A", "save pin save rollback save", ""), ("B", "save save rollback save", ""), ("J", "pin", "B")),
+    "rollback, clear, reader": (
+        ("A", "save pin save clear save", ""),
+        ("J", "unpin pin rollback", "A"),
+        ("R", "load load load", "view"),
+    ),
     "long": (("A", "save save save save save save save", ""), ("B", "load save save", ""), ("R", "load load", "view")),
 }
 

@@ -19,6 +19,7 @@ from taskckpt import Checkpoint, _payload
 from taskckpt._attempt import Attempt
 from taskckpt._layout import SlotName, payload_key
 from taskckpt._log import retention as _retention
+from taskckpt._log import slots
 from taskckpt._log import writer as _log
 from taskckpt._log.history import LogMoved, LogReader, View
 from taskckpt._log.records import Commit
@@ -167,6 +168,37 @@ EXPECTED: dict[str, Expected] = {
         "B1",
         "A claim 1, A commit 2, B claim 3, B commit 4",
     ),
+    "shared-payload-goes-with-one-of-its-commits": Expected(
+        {"A": ["done", "done"]},
+        "A1",
+        "A claim 1, A commit 2, A commit 3",
+    ),
+    "undecided-pin-takes-the-payload-along": Expected(
+        {"A": ["done", "unknown", "done"]},
+        "A1",
+        "A claim 1, A commit 2, A commit 3",
+    ),
+    "fall-back-to-what-was-rolled-back": Expected(
+        {"A": ["done"], "B": ["done", "done"]},
+        "A1",
+        "A claim 1, A commit 2, B claim 3, B commit 4, B commit 5",
+    ),
+    "pin-beside-a-save-leaves-it-behind": Expected(
+        {"A": ["done"], "B": ["done"], "J": ["done"]},
+        "B1",
+        "A claim 1, A commit 2, J claim 3, B join 4, B commit 5, J join 6, J commit 7",
+    ),
+    "pin-beside-a-pin-undoes-it": Expected(
+        {"A": ["done"], "B": ["done", "done", "done"], "J": ["done"]},
+        "B2",
+        "A claim 1, A commit 2, J claim 3, B join 4, B commit 5, B commit 6, J join 7, J commit 8, B join 9, "
+        "B commit 10",
+    ),
+    "pin-of-what-is-gone": Expected(
+        {"A": ["done", "done"], "J": ["NotFoundError"]},
+        "A2",
+        "A claim 1, A commit 2, J join 3, A join 4, A commit 5, J join 6",
+    ),
 }
 
 
@@ -296,7 +328,7 @@ def _no_confirmation(patch: pytest.MonkeyPatch) -> None:
 
 
 def _no_fenced_nonces(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(_log, "_fenced_by", lambda owner: ())
+    patch.setattr(slots, "_fenced_by", lambda owner: ())
 
 
 def _own_claim_is_believed(patch: pytest.MonkeyPatch) -> None:
@@ -354,7 +386,7 @@ def _gone_is_nothing(patch: pytest.MonkeyPatch) -> None:
 
 
 def _nothing_is_protected(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(TaskLog, "_protected", lambda self: None)
+    patch.setattr(TaskLog, "protected", None)
 
 
 def _own_earlier_save_is_a_rival(patch: pytest.MonkeyPatch) -> None:
@@ -366,6 +398,48 @@ def _own_earlier_save_is_a_rival(patch: pytest.MonkeyPatch) -> None:
         return found
 
     patch.setattr(TaskLog, "_holder", holder)
+
+
+def _shared_payloads_are_not_counted(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_retention.Retention, "keys", lambda self: set())
+
+
+def _undecided_repeats_own_their_payload(patch: pytest.MonkeyPatch) -> None:
+    original = TaskLog._settle
+
+    def settle(self: TaskLog, slot: int, but: Commit | None = None) -> None:
+        lost = [one for one in self._unsettled if one.stamp.slot <= slot and one is not but]
+        original(self, slot, but)
+        self._delete_quietly([key for one in lost for key in one.keys])
+
+    patch.setattr(TaskLog, "_settle", settle)
+
+
+def _nothing_is_left_behind(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(TaskLog, "_left_behind", lambda self, position: ())
+
+
+def _decided_once(patch: pytest.MonkeyPatch) -> None:
+    original, first = TaskLog._repeated, dict[str, Commit]()
+
+    def repeated(self: TaskLog, commit: Commit, slot: int, nonce: str, **more: Any) -> Commit:
+        return original(self, first.setdefault(nonce, commit), slot, nonce, **more)
+
+    patch.setattr(TaskLog, "_repeated", repeated)
+
+
+def _pins_decided_once(patch: pytest.MonkeyPatch) -> None:
+    original, first = TaskLog._repeated, dict[str, tuple[int, ...]]()
+
+    def repeated(self: TaskLog, commit: Commit, slot: int, nonce: str, **more: Any) -> Commit:
+        self._retained().pinned = first.setdefault(nonce, self._retained().pinned)
+        return original(self, commit, slot, nonce, **more)
+
+    patch.setattr(TaskLog, "_repeated", repeated)
+
+
+def _gone_is_named_all_the_same(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(TaskLog, "_expect_retained", lambda self, commit: commit)
 
 
 WITHOUT: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
@@ -390,8 +464,20 @@ WITHOUT: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "leftover-of-an-undecided-save": _undecided_payloads_go_at_once,
     "gone-read-as-none": _gone_is_nothing,
     "resumed-from-goes-too-early": _nothing_is_protected,
+    "shared-payload-goes-with-one-of-its-commits": _shared_payloads_are_not_counted,
+    "undecided-pin-takes-the-payload-along": _undecided_repeats_own_their_payload,
+    "fall-back-to-what-was-rolled-back": _nothing_is_left_behind,
+    "pin-beside-a-save-leaves-it-behind": _decided_once,
+    "pin-beside-a-pin-undoes-it": _pins_decided_once,
+    "pin-of-what-is-gone": _gone_is_named_all_the_same,
 }
 
+# Who decides what to write, and is overtaken then.
+EAGER = {
+    "pin-beside-a-save-leaves-it-behind": ("J",),
+    "pin-beside-a-pin-undoes-it": ("J",),
+    "pin-of-what-is-gone": ("J",),
+}
 # Stories that need somebody before them: a sweep and a clear do nothing in a log that began with them.
 SHIFTED = ("sweep-eats-a-siblings-upload", "clear-by-a-stale-attempt")
 
@@ -401,7 +487,7 @@ def _play(dest: str, name: str) -> Stage:
         shift = name in SHIFTED
         if shift:
             Checkpoint(dest).load_sync()
-        Director(stage, BY_NAME[name], shift=int(shift)).play()
+        Director(stage, BY_NAME[name], shift=int(shift), eager=EAGER.get(name, ())).play()
     return stage
 
 
