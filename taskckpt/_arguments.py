@@ -66,7 +66,7 @@ def checked_notes(step: int | None, metadata: Mapping[str, Json] | None, metrics
     """
     notes = Notes(
         None if step is None else checked_step(step),
-        {} if metadata is None else cast("dict[str, Json]", _plain(_mapping(metadata, "metadata"), "metadata")),
+        {} if metadata is None else checked_metadata(metadata, "metadata"),
         {} if metrics is None else {name: _metric(name, value) for name, value in _mapping(metrics, "metrics").items()},
     )
     size = _size_of(notes) if notes.metadata or notes.metrics else 0
@@ -83,6 +83,11 @@ def _size_of(notes: Notes) -> int:
         return len(json.dumps([notes.metadata, notes.metrics], ensure_ascii=False).encode())
     except UnicodeEncodeError as error:
         raise UsageError("The metadata or metrics hold text that is not valid Unicode.") from error
+
+
+def checked_metadata(metadata: Mapping[str, Json], what: str) -> dict[str, Json]:
+    """Metadata as it comes back. Raises: as ``checked_notes``."""
+    return cast("dict[str, Json]", _plain(_mapping(metadata, what), what))
 
 
 def _mapping(values: object, what: str) -> Mapping[Any, Any]:

@@ -197,7 +197,8 @@ class Attempt:
         using = _Timed(use)
 
         def load(origin: Origin, found: Loadable) -> tuple[dict[str, Any], T | None]:
-            positions = _payload.read_positions(origin.store, found, stop)
+            # A fork begins its own iterations; only the task's own places, and src, say where they were.
+            positions = _payload.read_positions(origin.store, found, stop) if origin.slot is None else {}
             return positions, using(origin, found) if _payload.kind_of(found) != "nothing" else None
 
         found, without_payload = self._chain(stop).newest_good(self._origin(store), view, load, which)
@@ -223,17 +224,16 @@ class Attempt:
         elif found.origin.store is store:
             self._resumed_from = found.what
         else:
-            self._resumed_from = f"{found.origin.store.uri}/{slot_key(found.what.stamp.slot)}"
+            self._resumed_from = f"{found.origin.store.uri}/{slot_key(found.what.original)}"
         self._own_log(store).resumed(self._resumed_from)
 
     def reader(self) -> LogReader:
         """The log, to be looked at only."""
         return LogReader(self.open_store()) if self._log is None else self._log.reader
 
-    @property
-    def protected(self) -> int | None:
-        """The original of what stays because this attempt resumed from it."""
-        return None if self._log is None else self._log.protected
+    def protected(self, *, until: int) -> dict[int, str]:
+        """The original of what stays because this attempt resumed from it, until it has made so many commits."""
+        return {} if self._log is None else self._log.protected(until=until)
 
     def went_back(self, commit: Commit, positions: dict[str, Any]) -> None:
         """The task was rolled back."""

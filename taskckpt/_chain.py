@@ -123,6 +123,7 @@ class Chain:
             raise _nothing_intact(own, search.problems)
         if which is not None:
             raise _nowhere(own, which, search.steps, search.unreadable)
+        _expect_no_payload(search.without_payload)
         return None, search.without_payload
 
     def _from(
@@ -251,24 +252,26 @@ class Chain:
     ) -> Iterator[Commit]:
         """The commits that were asked for, in the order to try them."""
         passed_over = _Search[T]()
-        for newest in self._walk(reader, view, passed_over):
-            everything = catalogue.retained(reader, view, newest)
-            search.unreadable += [damaged.error for damaged in everything.damaged]
-            found = infos_of([one for one in everything.commits if one.has_payload], origin.store.uri)
-            search.steps |= {info.step for info, _ in found if info.step is not None}
-            commits = {info.slot: one for info, one in found}
-            if which is not None and origin.slot is None:
-                yield from (commits[info.slot] for info in which.order([info for info, _ in found]))
-            else:
-                original = catalogue.original_of(reader, origin.slot or 0)
-                named = [one for one in everything.commits if one.original == original]
-                if not named:
-                    raise _pruned(origin)
-                yield named[0]
-            break
+        newest = next(self._walk(reader, view, passed_over), None)
         search.unreadable += passed_over.problems
         search.cleared = passed_over.cleared
         search.continues_from += passed_over.continues_from
+        commits: list[Commit] = []
+        if newest is not None:
+            everything = catalogue.retained(reader, view, newest)
+            commits = [one for one in everything.commits if one.has_payload]
+            search.unreadable += [damaged.error for damaged in everything.damaged]
+        if origin.slot is not None:
+            original = catalogue.original_of(reader, origin.slot)
+            commits = [one for one in commits if one.original == original]
+            if not commits:
+                raise _pruned(origin, search.unreadable)
+        told = infos_of(commits, origin.store.uri)
+        search.steps |= {info.step for info, _ in told if info.step is not None}
+        found = {info.slot: commit for info, commit in told}
+        yield from (
+            found.values() if which is None else (found[one.slot] for one in which.order([one for one, _ in told]))
+        )
 
     def _from_foreign(
         self, origin: Origin, use: Callable[[Origin, Loadable], T], search: _Search[T]
@@ -301,6 +304,20 @@ def _lost(
     return CorruptCheckpointError(f"The payload of slot {commit.stamp.slot} is gone.", uri=error.uri)
 
 
+def _expect_no_payload(found: Found[T] | None) -> None:
+    """Positions are all there is, and yet there was a payload, elsewhere: that is no beginning from zero."""
+    if found is None or not isinstance(found.what, Commit):
+        return
+    commit = found.what
+    source = commit.resumed_from if commit.repeats is None else commit.repeats.resumed_from
+    if isinstance(source, str):
+        raise NotFoundError(
+            "The checkpoint that this task has begun with, in another place, is gone; its own ones are positions only.",
+            uri=source,
+            hint="Bring that place back, or clear() and start over.",
+        )
+
+
 def _nowhere(
     own: Origin, which: Selection, steps: set[int], unreadable: list[CorruptCheckpointError]
 ) -> StepNotFoundError:
@@ -310,12 +327,15 @@ def _nowhere(
     return error
 
 
-def _pruned(origin: Origin) -> NotFoundError:
-    return NotFoundError(
+def _pruned(origin: Origin, unreadable: list[CorruptCheckpointError]) -> NotFoundError:
+    error = NotFoundError(
         "The checkpoint that this task begins with is not there any more.",
         uri=origin.location.uri,
         hint="Fork from another one, or clear() and start over. pin() keeps what others fork from.",
     )
+    if unreadable:
+        error.add_note(f"It may be one of these, which cannot be read: {'; '.join(map(str, unreadable[:10]))}.")
+    return error
 
 
 def whole(reader: LogReader, view: View, commit: Commit) -> Commit:

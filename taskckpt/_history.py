@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,7 +16,7 @@ from taskckpt._log.catalogue import Retained
 from taskckpt._log.records import Commit
 from taskckpt._log.retention import Kept, Retention
 from taskckpt._operation import Stop
-from taskckpt._selection import CheckpointInfo, info_of, infos_of, of_slot, of_step
+from taskckpt._selection import CheckpointInfo, info_of, infos_of, of_step, of_uri
 from taskckpt.errors import CorruptCheckpointError, NotFoundError, UsageError
 
 logger = logging.getLogger("taskckpt")
@@ -120,22 +120,52 @@ class History:
         """Drops what need not stay. See ``Checkpoint.prune_sync``."""
         if dry_run:
             found = catalogue.everything(self._attempt.reader())
-            return self._decisions(found)
+            return self._decisions(found, self._safe(found.commits, stop))
         with self._attempt.holding(stop) as log:
             log.view(stop, to_write=True)
-            decisions = self._decisions(catalogue.everything(self._attempt.reader()))
+            found = catalogue.everything(self._attempt.reader())
+            safe = self._safe(found.commits, stop)
+            decisions = self._decisions(found, safe)
             if not all(one.keeps for one in decisions):
-                log.annotate(stop, prune=True)
+                log.annotate(stop, prune=safe)
             return decisions
 
-    def _decisions(self, found: Retained) -> list[PruneDecision]:
+    def _safe(self, commits: Sequence[Commit], stop: Stop) -> dict[int, str]:
+        """What no policy may drop, by its original: what was resumed from until two newer ones exist; a good one."""
+        if not commits:
+            return {}
+        newest, safe = commits[0], self._attempt.protected(until=2)
+        if newest.count < 2 and isinstance(newest.resumed_from, int):
+            # A tool that joins knows no more than the log says.
+            safe.setdefault(newest.resumed_from, "the attempt resumed from it")
+        if self._attempt.policy is not None and len(commits) > 1:
+            good = self._newest_good(commits, stop)
+            if good is not None and good is not newest:
+                safe[good.original] = "the newest that is not damaged"
+        return safe
+
+    def _newest_good(self, commits: Sequence[Commit], stop: Stop) -> Commit | None:
+        """The first that can be read to its end. An attempt may have gone on from it, without a word in the log yet."""
+        reader = self._attempt.reader()
+        for commit in commits:
+            if not (commit.has_payload and commits[0].lineage.has(commit.stamp.slot)):
+                continue
+            try:
+                _payload.verify(reader.store, whole(reader, reader.look(), commit), stop)
+            except (CorruptCheckpointError, NotFoundError) as error:
+                logger.warning("A damaged checkpoint is in the way of what would be dropped: %s", error)
+            else:
+                return commit
+        return None
+
+    def _decisions(self, found: Retained, safe: Mapping[int, str]) -> list[PruneDecision]:
         told = self._told(found)
         if not told:
             return []
         newest = found.commits[0]
         older = [Kept.of(commit) for commit in found.commits[1:]]
         retention = Retention(self._attempt.policy, newest, older, [one.slot for one in found.damaged])
-        reasons = retention.reasons(Kept.of(newest), newest.pinned, self._attempt.protected, newest.lineage)
+        reasons = retention.reasons(Kept.of(newest), newest.pinned, safe, newest.lineage)
         otherwise = f"nothing keeps it: not {text_of(self._attempt.policy)}"
         return [
             PruneDecision(info, commit.stamp.slot in reasons, reasons.get(commit.stamp.slot, otherwise))
@@ -145,16 +175,14 @@ class History:
     def _meant(self, which: Which, found: Retained) -> tuple[CheckpointInfo, Commit]:
         told = self._told(found)
         commits = {info.slot: commit for info, commit in told}
-        selection = of_slot(self._slot_now(which, commits)) if isinstance(which, CheckpointInfo) else of_step(which)
+        selection = of_uri(self._of_this_task(which).uri) if isinstance(which, CheckpointInfo) else of_step(which)
         chosen = selection.order([info for info, _ in told])
         if not chosen:
             raise selection.not_among([info.step for info, _ in told if info.step is not None], self._attempt.dest.uri)
         return chosen[0], commits[chosen[0].slot]
 
-    def _slot_now(self, info: CheckpointInfo, commits: Mapping[int, Commit]) -> int:
-        """Where the checkpoint is that was in that slot: it may have been repeated since."""
+    def _of_this_task(self, info: CheckpointInfo) -> CheckpointInfo:
         place = f"{self._attempt.dest.uri}/"
         if not info.uri.startswith(place):
             raise UsageError("This checkpoint belongs to another task.", uri=info.uri, hint=f"Pass one of {place}.")
-        original = catalogue.original_of(self._attempt.reader(), info.slot)
-        return next((slot for slot, commit in commits.items() if commit.original == original), info.slot)
+        return info

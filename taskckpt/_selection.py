@@ -6,16 +6,30 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import isnan
-from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, Never, TypeAlias, TypeVar
 
-from taskckpt._arguments import checked_step
+from taskckpt._arguments import checked_metadata, checked_step
 from taskckpt._keep import Mode
 from taskckpt._layout import slot_key
 from taskckpt._log.records import Commit, Json, Kind
 from taskckpt.errors import StepNotFoundError, UsageError, UsageTypeError
 
-NOTHING_SAID: Mapping[str, Any] = MappingProxyType({})
+T = TypeVar("T")
+
+
+class Said(dict[str, T]):
+    """A dict that cannot be changed. Unlike a read-only view it can be pickled, and ``dataclasses.asdict`` takes it."""
+
+    def _refuse(self, *_: object, **__: object) -> Never:
+        raise TypeError("What was said about a checkpoint cannot be changed.")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+
+NOTHING_SAID: Mapping[str, Any] = Said()
 
 # A hint that lists more steps than this shows the first and the last ones.
 MOST_LISTED = 20
@@ -26,8 +40,8 @@ class CheckpointInfo:
     """One checkpoint of a task. Nothing of its payload was read.
 
     Attributes:
-        uri: Names it, everywhere that a checkpoint can be named: the URI of its record.
-        slot: Its place in the task's log: a higher one was committed later.
+        uri: Names it for good, everywhere that a checkpoint can be named: the URI of the record of its first commit.
+        slot: Its place in the task's log: a higher one was committed later. A pin or a rollback commits it again.
         step: As it was saved; None without one.
         attempt: Which attempt saved it, counted from 0; None if nobody knew.
         time: When it was saved, in UTC; the earliest time there is if the record does not tell.
@@ -57,10 +71,16 @@ class CheckpointInfo:
     resumed_from: str | None
     in_lineage: bool
 
-    def __reduce__(self) -> tuple[type[CheckpointInfo], tuple[object, ...]]:
-        # A read-only dict cannot be pickled.
-        values = [getattr(self, name) for name in self.__slots__]
-        return type(self), tuple(dict(one) if isinstance(one, MappingProxyType) else one for one in values)
+    def __hash__(self) -> int:
+        return hash((self.uri, self.slot))
+
+    def __repr__(self) -> str:
+        named = f", name={self.name!r}" if self.name is not None else ""
+        when = self.time.isoformat(timespec="seconds")
+        return (
+            f"CheckpointInfo(step={self.step}, kind={self.kind!r}{named}, size_bytes={self.size_bytes}, time={when}, "
+            f"metrics={dict(self.metrics)}, uri={self.uri!r})"
+        )
 
 
 def info_of(commit: Commit, newest: Commit, place: str) -> CheckpointInfo:
@@ -69,7 +89,7 @@ def info_of(commit: Commit, newest: Commit, place: str) -> CheckpointInfo:
     attempt = about.get("attempt")
     source = commit.resumed_from if commit.repeats is None else commit.repeats.resumed_from
     return CheckpointInfo(
-        uri=f"{place}/{slot_key(commit.stamp.slot)}",
+        uri=f"{place}/{slot_key(commit.original)}",
         slot=commit.stamp.slot,
         step=commit.notes.step,
         attempt=attempt if isinstance(attempt, int) else None,
@@ -78,8 +98,8 @@ def info_of(commit: Commit, newest: Commit, place: str) -> CheckpointInfo:
         name=commit.content.name,
         size_bytes=commit.content.digest.size_bytes,
         stored_bytes=commit.stored.digest.size_bytes,
-        metadata=MappingProxyType(commit.notes.metadata) if commit.notes.metadata else NOTHING_SAID,
-        metrics=MappingProxyType(commit.notes.metrics) if commit.notes.metrics else NOTHING_SAID,
+        metadata=Said(commit.notes.metadata) if commit.notes.metadata else NOTHING_SAID,
+        metrics=Said(commit.notes.metrics) if commit.notes.metrics else NOTHING_SAID,
         pinned=commit.original in newest.pinned,
         resumed_from=f"{place}/{slot_key(source)}" if isinstance(source, int) else source,
         in_lineage=newest.lineage.has(commit.stamp.slot),
@@ -110,7 +130,7 @@ def infos_of(commits: Sequence[Commit], place: str) -> list[tuple[CheckpointInfo
     return [(info_of(commit, newest, place), commit) for commit in ordered if newest is not None]
 
 
-Where: TypeAlias = Callable[[CheckpointInfo], bool] | Mapping[str, Json]
+Where: TypeAlias = Callable[[CheckpointInfo], bool] | Mapping[str, Json] | CheckpointInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,12 +184,21 @@ def of_slot(slot: int) -> Selection:
     return Selection(f"in slot {slot}", lambda infos: [one for one in infos if one.slot == slot])
 
 
+def of_uri(uri: str) -> Selection:
+    """The checkpoint of that name."""
+    return Selection(f"named {uri}", lambda infos: [one for one in infos if one.uri == uri])
+
+
 def _where(where: Where) -> Selection:
+    if isinstance(where, CheckpointInfo):
+        return of_uri(where.uri)
     if callable(where):
         return Selection("for which where= holds", lambda infos: [one for one in infos if where(one)])
     if not isinstance(where, Mapping):
-        raise UsageTypeError(f"where= takes a function or a dict of metadata, not {type(where).__name__}.")
-    wanted = dict(where)
+        raise UsageTypeError(
+            f"where= takes a function, a dict of metadata or a CheckpointInfo, not {type(where).__name__}."
+        )
+    wanted = checked_metadata(where, "where")  # as it was saved: a tuple has become a list
 
     def fits(info: CheckpointInfo) -> bool:
         return all(name in info.metadata and info.metadata[name] == value for name, value in wanted.items())

@@ -408,7 +408,8 @@ def test_a_fork_is_followed_to_one_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_page_of_the_index_is_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("taskckpt._log.writer.PAGE_COMMITS", 4)
+    for room in ("writer", "catalogue"):
+        monkeypatch.setattr(f"taskckpt._log.{room}.PAGE_COMMITS", 4)
     place = tmp_path / "place"
     checkpoint = Checkpoint(place, keep=None)
     for step in range(4):

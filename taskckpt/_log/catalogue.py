@@ -113,13 +113,26 @@ def original_of(reader: LogReader, slot: int) -> int:
     return next((one.original for one in found if isinstance(one, Commit)), slot)
 
 
-def after(reader: LogReader, view: View, newest: Commit, slot: int, known: Mapping[int, Commit]) -> list[Commit]:
-    """The retained commits above a slot that can be read, oldest first. Those that are ``known`` are not read."""
-    slots = [one for one in view.slots if slot < one <= newest.stamp.slot and newest.retains(one)]
-    records = reader.read_slots(view, [one for one in slots if one not in known])
-    read = {one.stamp.slot: one for found in records for one in found if isinstance(one, Commit)}
-    commits = {**read, **known}
-    return [commits[one] for one in slots if one in commits]
+def next_page(reader: LogReader, view: View, newest: Commit, through: int, known: Mapping[int, Commit]) -> Page | None:
+    """A page of the oldest retained commits above a slot, if one can be read. Those that are ``known`` are not read.
+
+    It ends before the first record that cannot be read, or begins behind it: that one may be readable later.
+    """
+    slots = [one for one in view.slots if through < one <= newest.stamp.slot and newest.retains(one)]
+    records = [one for found in reader.read_slots(view, [s for s in slots if s not in known]) for one in found]
+    commits = {one.stamp.slot: one for one in records if isinstance(one, Commit)} | dict(known)
+    unreadable = {one.slot for one in records if isinstance(one, Damaged)}
+    first, page = through + 1, list[Commit]()
+    for slot in slots:
+        if slot in unreadable:
+            if page:
+                break
+            first = slot + 1
+        elif slot in commits:
+            page.append(commits[slot])
+            if len(page) == PAGE_COMMITS:
+                break
+    return Page(first, page[-1].stamp.slot, tuple(page)) if page else None
 
 
 def _pages(reader: LogReader, slots: Collection[int]) -> Iterable[Page]:

@@ -8,15 +8,17 @@ that is damaged from one that is newer than itself.
 from __future__ import annotations
 
 import base64
+import bisect
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 from blake3 import blake3
 
+from taskckpt._log.fields import Fields, Malformed, Spans, expect_writable, parse_object
 from taskckpt.errors import CorruptCheckpointError, UnsupportedFormatError
 
 FORMAT = 1
@@ -92,16 +94,13 @@ class Notes:
 
 NO_NOTES = Notes()
 
-# Ranges of slots, first and last.
-Spans: TypeAlias = tuple[tuple[int, int], ...]
-
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
     """Which commits a commit goes on from: all those before it, but for the ``left_behind``.
 
     Attributes:
-        left_behind: Ranges of slots, first and last, ascending: what was rolled back, or fallen back from.
+        left_behind: Ranges of slots, first and last, ascending, without overlaps: what was rolled back, or fallen back from.
         highest_step: The highest step in the lineage, this commit's included; None without steps.
     """
 
@@ -110,7 +109,8 @@ class Lineage:
 
     def has(self, slot: int) -> bool:
         """Whether a commit in an earlier slot is an ancestor."""
-        return not any(first <= slot <= last for first, last in self.left_behind)
+        index = bisect.bisect_right(self.left_behind, slot, key=lambda span: span[0])
+        return not (index and slot <= self.left_behind[index - 1][1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +194,8 @@ class Commit:
     positions: Stored | None = None
     catalogued: Catalogued = Catalogued()
     continues_from: tuple[str, ...] = ()
+    # Of the newest commit, ``kept`` is searched for each one that is known. Made when it is asked for.
+    _kept: frozenset[int] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def original(self) -> int:
@@ -222,7 +224,11 @@ class Commit:
 
     def retains(self, slot: int) -> bool:
         """Whether an earlier commit is still there after this one."""
-        return slot >= self.floor or slot in self.kept
+        kept = self._kept
+        if kept is None:
+            kept = frozenset(self.kept)
+            object.__setattr__(self, "_kept", kept)
+        return slot >= self.floor or slot in kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,7 +384,11 @@ def decode(data: bytes, *, slot: int | None, uri: str) -> Record:
         CorruptCheckpointError: The bytes are not the record of that slot, whole and undamaged.
         UnsupportedFormatError: It is undamaged, but of a newer format version or an unknown kind.
     """
-    body = _checked_body(data, uri)
+    line = _checked_line(data, uri)
+    try:
+        body = parse_object(line)
+    except ValueError as error:
+        raise CorruptCheckpointError("A record is no JSON object.", uri=uri) from error
     slot = body.get("slot") if slot is None else slot
     version = body.get("format")
     if type(version) is not int or version != FORMAT:  # True == 1
@@ -388,8 +398,10 @@ def decode(data: bytes, *, slot: int | None, uri: str) -> Record:
             hint="A newer taskckpt wrote it: upgrade this one (pip install -U taskckpt).",
         )
     try:
-        record = _from_body(_Reader(body))
-    except _Malformed as error:
+        expect_writable(body, line)
+        record = _from_body(Fields(body))
+        _expect_sense(record)
+    except Malformed as error:
         raise CorruptCheckpointError(f"Record {slot} is malformed: {error}.", uri=uri) from error
     except _Newer as error:
         raise UnsupportedFormatError(
@@ -402,22 +414,16 @@ def decode(data: bytes, *, slot: int | None, uri: str) -> Record:
     return record
 
 
-def _checked_body(data: bytes, uri: str) -> dict[str, Any]:
+def _checked_line(data: bytes, uri: str) -> bytes:
     first, newline, second = data.partition(b"\n")
     expected = json.dumps({"blake3": blake3(first + newline).hexdigest()}).encode() + b"\n"
     if second != expected:
         what = "cut short" if not second.endswith(b"\n") else "damaged: its digest does not fit"
         raise CorruptCheckpointError(f"A record is {what} ({len(data)} bytes).", uri=uri)
-    try:
-        body = json.loads(first.decode("utf-8"))  # given bytes, json would guess UTF-16 too
-    except (ValueError, RecursionError) as error:
-        raise CorruptCheckpointError("A record is no JSON object.", uri=uri) from error
-    if not isinstance(body, dict):
-        raise CorruptCheckpointError("A record is no JSON object.", uri=uri)
-    return cast("dict[str, Any]", body)
+    return first
 
 
-def _from_body(body: _Reader) -> Record:
+def _from_body(body: Fields) -> Record:
     stamp = Stamp(
         slot=body.integer("slot"),
         claim=_claim_from(body.object("claim")),
@@ -430,12 +436,12 @@ def _from_body(body: _Reader) -> Record:
         case "claim":
             return Claim(
                 stamp,
-                head=body.optional("head", _Reader.integer),
+                head=body.optional("head", Fields.integer),
                 unreadable=body.integers("unreadable"),
                 continues_from=body.strings("continues_from"),
             )
         case "join":
-            head = body.optional("head", _Reader.integer)
+            head = body.optional("head", Fields.integer)
             return Join(stamp, head=head, unreadable=body.integers("unreadable"))
         case "commit":
             return _commit_from(stamp, body)
@@ -445,172 +451,134 @@ def _from_body(body: _Reader) -> Record:
             raise _Newer(f"of the unknown kind {kind!r}")
 
 
-def _commit_from(stamp: Stamp, body: _Reader) -> Commit:
+def _commit_from(stamp: Stamp, body: Fields) -> Commit:
     checkpoint = body.object("checkpoint")
-    positions = checkpoint.optional("positions", _Reader.object)
-    repeats = body.optional("repeats", _Reader.object)
+    positions = checkpoint.optional("positions", Fields.object)
+    repeats = body.optional("repeats", Fields.object)
     return Commit(
         stamp,
         content=_content_from(checkpoint),
         stored=_stored_from(checkpoint.object("stored")),
-        previous=body.optional("previous", _Reader.integer),
-        resumed_from=body.optional("resumed_from", _Reader.slot_or_uri),
+        previous=body.optional("previous", Fields.integer),
+        resumed_from=body.optional("resumed_from", Fields.slot_or_uri),
         count=body.integer("count"),
         floor=body.integer("floor"),
         kept=body.integers("kept"),
         notes=_notes_from(checkpoint),
-        lineage=Lineage(body.spans("left_behind"), body.optional("highest_step", _Reader.integer)),
-        pinned=body.optional("pinned", _Reader.integers) or (),
+        lineage=Lineage(body.spans("left_behind"), body.optional("highest_step", Fields.integer)),
+        pinned=body.optional("pinned", Fields.integers) or (),
         repeats=None if repeats is None else _origin_from(repeats),
         positions=None if positions is None else _stored_from(positions),
-        catalogued=_catalogued_from(body.optional("catalogued", _Reader.object)),
-        continues_from=body.optional("continues_from", _Reader.strings) or (),
+        catalogued=_catalogued_from(body.optional("catalogued", Fields.object)),
+        continues_from=body.optional("continues_from", Fields.strings) or (),
     )
 
 
-def _notes_from(checkpoint: _Reader) -> Notes:
-    metadata = checkpoint.optional("metadata", _Reader.object)
-    metrics = checkpoint.optional("metrics", _Reader.object)
+def _expect_sense(record: Record) -> None:
+    """A record speaks of slots before its own; its digest only says that its writer meant it."""
+    slot, claim = record.stamp.slot, record.stamp.claim.slot
+    if claim != slot if isinstance(record, Claim) else not 1 <= claim < slot:
+        raise Malformed(f"its claim cannot lie in slot {claim}")
+    match record:
+        case Claim() | Join():
+            _expect_slots("head", [] if record.head is None else [record.head], slot - 1)
+            _expect_slots("unreadable", record.unreadable, slot - 1)
+        case Commit():
+            _expect_sense_of_commit(record)
+        case Clear():
+            pass
+
+
+def _expect_sense_of_commit(commit: Commit) -> None:
+    slot, origin = commit.stamp.slot, commit.repeats
+    if commit.floor > slot:
+        raise Malformed(f"its floor cannot be {commit.floor}")
+    _expect_slots("previous", [] if commit.previous is None else [commit.previous], slot - 1)
+    _expect_slots("resumed_from", [commit.resumed_from] if isinstance(commit.resumed_from, int) else [], slot - 1)
+    _expect_slots("kept", commit.kept, commit.floor - 1)
+    _expect_slots("left_behind", [last for _, last in commit.lineage.left_behind[-1:]], slot - 1)
+    _expect_slots("pinned", commit.pinned, slot)
+    _expect_slots("catalogued", [commit.catalogued.through or 1], slot - 1)
+    if origin is not None:
+        _expect_slots("repeats", [origin.slot], slot - 1)
+        _expect_slots(
+            "resumed_from", [origin.resumed_from] if isinstance(origin.resumed_from, int) else [], origin.slot - 1
+        )
+
+
+def _expect_slots(name: str, slots: Collection[int], highest: int) -> None:
+    if slots and not 1 <= min(slots) <= max(slots) <= highest:
+        raise Malformed(f"field {name!r} names slots that are not from 1 to {highest}")
+
+
+def _notes_from(checkpoint: Fields) -> Notes:
+    metadata = checkpoint.optional("metadata", Fields.object)
+    metrics = checkpoint.optional("metrics", Fields.object)
     return Notes(
-        checkpoint.optional("step", _Reader.integer),
+        checkpoint.optional("step", Fields.integer),
         {} if metadata is None else metadata.values,
         {} if metrics is None else {name: metrics.metric(name) for name in metrics.values},
     )
 
 
-def _origin_from(body: _Reader) -> Origin:
+def _origin_from(body: Fields) -> Origin:
     return Origin(
         body.integer("slot"),
         body.string("time"),
         body.object("about").values,
-        body.optional("resumed_from", _Reader.slot_or_uri),
+        body.optional("resumed_from", Fields.slot_or_uri),
     )
 
 
-def _catalogued_from(body: _Reader | None) -> Catalogued:
+def _catalogued_from(body: Fields | None) -> Catalogued:
     return Catalogued() if body is None else Catalogued(body.integer("through"), body.integer("more"))
 
 
-def _claim_from(body: _Reader) -> ClaimId:
+def _claim_from(body: Fields) -> ClaimId:
     return ClaimId(body.integer("slot"), body.string("nonce"), body.strings("fenced"))
 
 
-def _content_from(body: _Reader) -> Content:
+def _content_from(body: Fields) -> Content:
     kind = body.string("kind")
     if kind not in get_args(Kind):
         raise _Newer(f"a commit of a checkpoint of the unknown kind {kind!r}")
-    name = body.optional("name", _Reader.data)
-    mode = body.optional("mode", _Reader.string)
-    mtime_ns = body.optional("mtime_ns", _Reader.string)
+    name = body.optional("name", Fields.data)
+    mode = body.optional("mode", Fields.string)
+    mtime_ns = body.optional("mtime_ns", Fields.string)
     return Content(
         kind=cast("Kind", kind),
         digest=_digest_from(body.object("content")),
         name=None if name is None else name.decode("utf-8", "surrogateescape"),
         mode=None if mode is None else _number(mode, _MODE, 8),
         mtime_ns=None if mtime_ns is None else _number(mtime_ns, _MTIME, 10),
-        entries=body.optional("entries", _Reader.integer),
+        entries=body.optional("entries", Fields.integer),
     )
 
 
-def _stored_from(body: _Reader) -> Stored:
-    inline = body.optional("inline", _Reader.data)
-    key = body.optional("key", _Reader.string)
+def _stored_from(body: Fields) -> Stored:
+    inline = body.optional("inline", Fields.data)
+    key = body.optional("key", Fields.string)
     digest = _digest_from(body)
     left_out = body.values.get("left_out") is True
     if (inline is not None) + (key is not None) + left_out != 1:
-        raise _Malformed("a checkpoint has either a key or inline content")
+        raise Malformed("a checkpoint has either a key or inline content")
     if key is not None and (not _KEY.fullmatch(key) or ".." in key.split("/")):
-        raise _Malformed(f"{key!r} is no key of a payload")
+        raise Malformed(f"{key!r} is no key of a payload")
     if inline is not None and Digest.of(inline) != digest:
-        raise _Malformed("the inline content does not fit its digest")
+        raise Malformed("the inline content does not fit its digest")
     return Stored(digest, key=key, inline=inline)
 
 
-def _digest_from(body: _Reader) -> Digest:
+def _digest_from(body: Fields) -> Digest:
     return Digest(body.integer("size"), body.string("blake3"))
 
 
 def _number(text: str, pattern: re.Pattern[str], base: int) -> int:
     # int() alone would take signs, spaces and underscores, and more than the system call does.
     if pattern.fullmatch(text) is None:
-        raise _Malformed(f"{text[:40]!r} is no number as expected here")
+        raise Malformed(f"{text[:40]!r} is no number as expected here")
     return int(text, base)
-
-
-class _Malformed(Exception):  # noqa: N818 - becomes CorruptCheckpointError at the door
-    """A field that is missing or of the wrong type; turned into CorruptCheckpointError at the door."""
 
 
 class _Newer(Exception):  # noqa: N818 - becomes UnsupportedFormatError at the door
     """Something that this version does not know, and that must not be taken for damage."""
-
-
-ValueT = TypeVar("ValueT")
-
-
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    """Typed access to a JSON object; unknown fields are passed over, so later ones may be added."""
-
-    values: dict[str, Any]
-
-    def _typed(self, name: str, kind: type[ValueT]) -> ValueT:
-        value = self.values.get(name)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise _Malformed(f"field {name!r} is missing or no {kind.__name__}")
-        return value
-
-    def integer(self, name: str) -> int:
-        value = self._typed(name, int)
-        if value < 0:
-            raise _Malformed(f"field {name!r} is negative")
-        return value
-
-    def string(self, name: str) -> str:
-        return self._typed(name, str)
-
-    def object(self, name: str) -> _Reader:
-        return _Reader(self._typed(name, dict))
-
-    def integers(self, name: str) -> tuple[int, ...]:
-        return self._list(name, int)
-
-    def strings(self, name: str) -> tuple[str, ...]:
-        return self._list(name, str)
-
-    def _list(self, name: str, kind: type[ValueT]) -> tuple[ValueT, ...]:
-        values = self._typed(name, list)
-        if not all(isinstance(value, kind) and not isinstance(value, bool) for value in values):
-            raise _Malformed(f"field {name!r} is no list of {kind.__name__}")
-        return tuple(values)
-
-    def data(self, name: str) -> bytes:
-        body = self.object(name)
-        try:
-            if "text" in body.values:
-                return body.string("text").encode("utf-8")
-            return base64.b64decode(body.string("base64"), validate=True)
-        except ValueError as error:
-            raise _Malformed(f"field {name!r} is neither text nor base64") from error
-
-    def slot_or_uri(self, name: str) -> int | str:
-        return self.string(name) if isinstance(self.values.get(name), str) else self.integer(name)
-
-    def spans(self, name: str) -> Spans:
-        """Pairs of numbers; none if the field is not there."""
-        pairs = [] if self.values.get(name) is None else self._typed(name, list)
-        found = [_Reader({"span": pair}).integers("span") for pair in pairs]
-        if not all(len(pair) == 2 for pair in found):
-            raise _Malformed(f"field {name!r} is no list of pairs")
-        return tuple((first, last) for first, last in found)
-
-    def metric(self, name: str) -> float:
-        value = self.values[name]
-        if value in ("nan", "inf", "-inf"):
-            return float(value)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise _Malformed(f"metric {name!r} is no number")
-        return float(value)
-
-    def optional(self, name: str, get: Callable[[_Reader, str], ValueT]) -> ValueT | None:
-        return None if self.values.get(name) is None else get(self, name)

@@ -15,6 +15,7 @@ GUARDED_SLOTS = 64
 RECORD_BATCH = 32
 
 
+NOTHING: Mapping[int, str] = {}
 # Of a commit that goes on from all that were before it.
 UNBROKEN = Lineage()
 
@@ -88,16 +89,16 @@ class Retention:
         return [commit.slot for commit in reversed(self._known) if commit.slot > slot]
 
     def plan(
-        self, new: Kept, pinned: Collection[int], protected: int | None = None, lineage: Lineage = UNBROKEN
+        self, new: Kept, pinned: Collection[int], protected: Mapping[int, str] = NOTHING, lineage: Lineage = UNBROKEN
     ) -> Plan:
         """What a commit retains that adds a checkpoint: what the policy says, and what is pinned or ``protected``.
 
-        Both are told by their original slots. Of several commits that repeat one checkpoint, one stays: an ancestor
-        if there is one.
+        Both are told by their original slots; of what is protected, why. Of several commits that repeat one checkpoint,
+        one stays: an ancestor if there is one.
         """
         if self._policy is None:
             return self.plan_all(new)
-        if isinstance(self._policy, LatestN) and protected is None and self._is_plain:
+        if isinstance(self._policy, LatestN) and not protected and self._is_plain:
             return Plan(
                 new.slot, _descending((*self._unknown, *(one.slot for one in self._known[: self._policy.n - 1])))
             )
@@ -117,7 +118,7 @@ class Retention:
         return Plan(new.slot, _descending(stay.union(self._unknown)))
 
     def reasons(
-        self, new: Kept, pinned: Collection[int], protected: int | None = None, lineage: Lineage = UNBROKEN
+        self, new: Kept, pinned: Collection[int], protected: Mapping[int, str] = NOTHING, lineage: Lineage = UNBROKEN
     ) -> dict[int, str]:
         """Why each one stays that does, ``new`` among them."""
         if self._policy is None:
@@ -125,7 +126,7 @@ class Retention:
         chosen = {one.original: one for one in sorted(self._known, key=lambda one: (lineage.has(one.slot), one.slot))}
         chosen[new.original] = new
         known = sorted(chosen.values(), key=lambda one: -one.slot)
-        reasons = {one.slot: "the attempt resumed from it" for one in known if one.original == protected}
+        reasons = {one.slot: protected[one.original] for one in known if one.original in protected}
         reasons |= {one.slot: "pinned" for one in known if one.original in pinned}
         return reasons | decide(self._policy, known)
 

@@ -14,7 +14,7 @@ from typing import Any
 from taskckpt._keep import KeepPolicy
 from taskckpt._layout import DATA, INDEX, claim_of_payload, parse_slot_name, payload_key, slot_key
 from taskckpt._log import catalogue
-from taskckpt._log.catalogue import PAGE_COMMITS, Page
+from taskckpt._log.catalogue import PAGE_COMMITS
 from taskckpt._log.history import LogMoved, Survey
 from taskckpt._log.records import (
     NO_NOTES,
@@ -141,7 +141,8 @@ class TaskLog(SlotWriter):
                 return
         if self._position is None or commit.stamp.slot != self._position.stamp.slot:
             self._position, self._count = commit, 0
-            self._went_back = newest is None or commit.stamp.slot != newest.stamp.slot
+            # A newer one than the newest known is a sibling's: nothing is left behind then.
+            self._went_back = newest is None or commit.stamp.slot < newest.stamp.slot
 
     @property
     def position(self) -> Commit | None:
@@ -178,8 +179,8 @@ class TaskLog(SlotWriter):
     def _new(self, slot: int, save_nonce: str, saved: Saved) -> Commit:
         position, retention = self._position, self._retained()
         new = Kept(slot, (), slot, saved.notes.step, saved.notes.metrics)
-        plan = retention.plan(new, retention.pinned, self.protected, self._ancestry(position))
-        source, positions = self._resumed_from, saved.positions
+        plan = retention.plan(new, retention.pinned, self.protected(), self._ancestry(position))
+        source, positions = self._resumed_from, saved.positions  # a repeat goes by its original's name
         if saved.carries_positions and position is not None and position.positions is not None:
             positions = self._expect_retained(position).positions
         return Commit(
@@ -187,7 +188,7 @@ class TaskLog(SlotWriter):
             content=saved.content,
             stored=saved.stored,
             previous=None if position is None else position.stamp.slot,
-            resumed_from=source.stamp.slot if isinstance(source, Commit) else source,
+            resumed_from=source.original if isinstance(source, Commit) else source,
             count=self._count + 1,
             floor=plan.floor,
             kept=plan.kept,
@@ -223,7 +224,7 @@ class TaskLog(SlotWriter):
         return self._add(build, [positions.key] if positions.key else [], stop)
 
     def annotate(
-        self, stop: Stop, *, pin: Commit | None = None, unpin: int | None = None, prune: bool = False
+        self, stop: Stop, *, pin: Commit | None = None, unpin: int | None = None, prune: Mapping[int, str] | None = None
     ) -> Commit:
         """Repeats the newest commit, which there must be, with other bookkeeping.
 
@@ -231,7 +232,7 @@ class TaskLog(SlotWriter):
             stop: Looked at before the write.
             pin: A commit that is pinned from now on.
             unpin: The original slot of one that is no longer.
-            prune: Drop what the policy does not keep.
+            prune: Drop what the policy does not keep, but for these: by their originals, and why.
 
         Raises:
             NotFoundError: A sibling dropped it, or cleared all, meanwhile.
@@ -254,7 +255,7 @@ class TaskLog(SlotWriter):
         pin: Commit | None = None,
         unpin: int | None = None,
         positions: Stored | None = None,
-        prune: bool = False,
+        prune: Mapping[int, str] | None = None,
     ) -> Commit:
         retention, commit = self._retained(), self._expect_retained(commit)
         if pin is not None and pin.original != commit.original:
@@ -265,7 +266,7 @@ class TaskLog(SlotWriter):
         others = tuple(original for original in retention.pinned if original not in (pin and pin.original, unpin))
         pins = others if pin is None else (pin.original, *others)
         ancestry = self._ancestry(commit)
-        plan = retention.plan(new, pins, self.protected, ancestry) if prune else retention.plan_all(new)
+        plan = retention.plan_all(new) if prune is None else retention.plan(new, pins, prune, ancestry)
         return replace(
             commit,
             stamp=self._stamp(slot, self._own_claim(), nonce),
@@ -367,18 +368,18 @@ class TaskLog(SlotWriter):
         except LogMoved:  # a newer attempt, which fences us in a moment, or a sibling, after which we look again
             self._swept = True
             return Retention(self._policy, head, unknown=head.kept)
-        if found.damaged:
+        unknown = {*survey.unreadable, *(damaged.slot for damaged in found.damaged)}
+        if unknown:
             self._swept = True  # never delete what we do not know
         older = [Kept.of(commit) for commit in found.commits if commit is not head]
-        return Retention(self._policy, head, older, [damaged.slot for damaged in found.damaged])
+        return Retention(self._policy, head, older, unknown)
 
-    @property
-    def protected(self) -> int | None:
-        """The original of what must stay although it may be old: what was resumed from, until two own commits exist."""
-        if self._count >= 1:
-            return None
+    def protected(self, *, until: int = 1) -> dict[int, str]:
+        """The original of what was resumed from, until more own commits exist than that; and why it stays."""
+        if self._count >= until:
+            return {}
         commit = self._resumed_from if isinstance(self._resumed_from, Commit) else self._position
-        return None if commit is None else commit.original
+        return {} if commit is None else {commit.original: "the attempt resumed from it"}
 
     def _adopt(self, commit: Commit) -> None:
         """Our commit exists: what it retains no more is deleted."""
@@ -397,6 +398,16 @@ class TaskLog(SlotWriter):
         # Several commits may share one payload.
         doomed = {key for kept in dropped for key in kept.keys} - retention.keys() if dropped else set[str]()
         self._delete_quietly(sorted(doomed))
+        if self._adopted > commit.stamp.slot:
+            self._look_again()
+
+    def _look_again(self) -> None:
+        """A signal handler has saved while a commit was taken in: what is known may be a mixture of both."""
+        survey = catalogue.beginning(self.reader)
+        if isinstance(survey.head, Commit) and survey.head.stamp.claim == self._claim:
+            self._survey, self._retention = survey, None
+            self._newest = self._position = survey.head
+            self._count = survey.head.count
 
     def _drop(self, kept: list[Kept]) -> None:
         """Notes records of ours that may be deleted later; a late request must not find its slot empty."""
@@ -433,8 +444,10 @@ class TaskLog(SlotWriter):
             return
         try:
             view = self.reader.look(first_page=False)
-            commits = catalogue.after(self.reader, view, newest, through, self._unindexed)[:PAGE_COMMITS]
-            page = Page(through + 1, commits[-1].stamp.slot, tuple(commits))
+            page = catalogue.next_page(self.reader, view, newest, through, self._unindexed)
+            if page is None:
+                self._index_failed_at = self._last
+                return
             catalogue.write_page(self.reader, page, new_nonce(), stop)
             self._delete_quietly(catalogue.dead_pages(self._store.list_below(INDEX).names, newest))
         except (TaskckptError, LogMoved) as error:
@@ -443,7 +456,7 @@ class TaskLog(SlotWriter):
             return
         self._unindexed = {slot: one for slot, one in self._unindexed.items() if slot > page.last}
         # The next commit says so; if there is none, this page is as good as not there.
-        rest = Catalogued(page.last, more - len(commits) if newest.catalogued.more else 0)
+        rest = Catalogued(page.last, more - len(page.commits) if newest.catalogued.more else 0)
         if self._newest is newest:  # else a save from a signal handler came in between
             self._newest = replace(newest, catalogued=rest)
 

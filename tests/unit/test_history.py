@@ -494,7 +494,7 @@ def test_a_checkpoint_without_a_step_is_named_by_what_was_listed(dest, tmp_path)
         checkpoint.pin_sync(stranger)
     for step in range(3):
         checkpoint.save_sync(b"x", step=step)
-    with pytest.raises(StepNotFoundError, match="in slot 2"):
+    with pytest.raises(StepNotFoundError, match="is no checkpoint named"):
         checkpoint.rollback_sync(first)
 
 
@@ -633,12 +633,155 @@ def test_a_fork_follows_a_checkpoint_that_was_repeated(dest, tmp_path):
     assert Checkpoint(str(tmp_path / "fork"), fork_from=info).load_bytes_sync() == BIG + b"1"
 
 
+def test_a_fork_does_not_go_on_in_the_iterations_of_its_source(dest, tmp_path):
+    source = Checkpoint(dest)
+    for item in source.iterate(range(5)):
+        source.save_sync(b"%d" % item)
+    fork = Checkpoint(tmp_path / "fork", fork_from=dest)
+    assert fork.load_bytes_sync() == b"4"
+    assert list(fork.iterate(range(3))) == [0, 1, 2]
+    other = Checkpoint(tmp_path / "other", dest)
+    assert other.load_bytes_sync() == b"4"
+    assert list(other.iterate(range(5))) == [], "with src= it is the same task"
+
+
+@pytest.mark.parametrize("how", ["cleared", "moved"])
+@pytest.mark.parametrize("loops", [False, True])
+def test_a_fork_whose_source_is_gone_is_no_new_beginning(dest, tmp_path, how, loops):
+    saved(dest, [1])
+    fork = Checkpoint(tmp_path / "fork", fork_from=dest)
+    fork.load_sync()
+    if loops:
+        for item in fork.iterate(range(9), every=1):
+            if item == 3:
+                break
+    if how == "cleared":
+        Checkpoint(dest).clear_sync()
+    else:
+        os.rename(dest, f"{dest}-moved")
+    for again in Checkpoint(tmp_path / "fork"), Checkpoint(tmp_path / "fork", fork_from=dest):
+        with pytest.raises(NotFoundError, match="is not there any more"):
+            again.load_sync()
+
+
+def test_positions_of_a_task_whose_src_is_gone_are_no_new_beginning(dest, tmp_path):
+    saved(dest, [1])
+    task = Checkpoint(tmp_path / "own", dest)
+    task.load_sync()
+    for _ in task.iterate(range(3), every=1):
+        pass
+    os.rename(dest, f"{dest}-moved")
+    with pytest.raises(NotFoundError, match="its own ones are positions only"):
+        Checkpoint(tmp_path / "own").load_sync()
+
+
+def test_a_fork_has_one_step_only(dest, tmp_path):
+    source = saved(dest, [1, 3, 7], keep=None)
+    fork = Checkpoint(tmp_path / "fork", fork_from=info_of(source, 3))
+    assert fork.load_bytes_sync(step=3) == BIG + b"3"
+    for which in ({"step": 7}, {"step": 99}, {"best": "loss"}):
+        with pytest.raises(StepNotFoundError):
+            fork.load_sync(**which)
+
+
+def test_the_name_of_a_checkpoint_lasts(dest, tmp_path):
+    checkpoint = Checkpoint(dest, keep=2)
+    info = checkpoint.save_sync(BIG, step=0)
+    checkpoint.pin_sync(info)
+    for item in checkpoint.iterate(range(200), every=1):
+        if item == 150:
+            break
+    assert checkpoint.checkpoints_sync()[0].uri == info.uri
+    assert Checkpoint(tmp_path / "fork", fork_from=info).load_bytes_sync() == BIG
+    assert checkpoint.load_bytes_sync(where=info) == BIG
+    assert not checkpoint.unpin_sync(info).pinned
+
+
+# --- what cannot be read ------------------------------------------------------------------------
+
+
+def test_a_page_hides_nothing_that_could_not_be_read(dest, small_pages):
+    first = Checkpoint(dest, keep=None)
+    infos = [first.save_sync(BIG + b"%d" % step, step=step) for step in range(12)]
+    record = Path(infos[5].uri)
+    content = record.read_bytes()
+    record.write_bytes(b"garbage\n")
+    second = Checkpoint(dest, keep=None)
+    second.load_sync()
+    for step in range(12, 30):
+        second.save_sync(b"x", step=step)
+    record.write_bytes(content)
+    assert Checkpoint(dest, read_only=True).load_bytes_sync(step=5) == BIG + b"5"
+    third = Checkpoint(dest, keep=100)
+    third.load_sync()
+    third.save_sync(b"x", step=40)
+    assert third.load_bytes_sync(step=5) == BIG + b"5"
+
+
+def test_the_newest_one_is_not_dropped_because_it_could_not_be_read(dest, caplog):
+    first = saved(dest, [1, 2, 3])
+    record = Path(info_of(first, 3).uri)
+    content = record.read_bytes()
+    record.write_bytes(b"garbage\n")
+    for step in (10, 11, 12):
+        retry = Checkpoint(dest, keep=2)
+        retry.load_sync()
+        retry.save_sync(BIG + b"%d" % step, step=step)
+    record.write_bytes(content)
+    assert Checkpoint(dest, read_only=True).load_bytes_sync(step=3) == BIG + b"3"
+
+
+def test_prune_spares_what_was_resumed_from_until_there_are_two_newer_ones(dest):
+    saved(dest, [1], keep=1)
+    retry = Checkpoint(dest, keep=1)
+    retry.load_sync()
+    retry.save_sync(BIG, step=2)
+    told = {one.checkpoint.step: one.reason for one in retry.prune_sync(dry_run=True)}
+    assert told == {2: "the newest", 1: "the attempt resumed from it"}
+    retry.prune_sync()
+    beside = Checkpoint._joining(dest, keep=1)
+    beside.prune_sync()
+    assert retry.steps_sync() == [1, 2]
+    retry.save_sync(BIG, step=3)
+    retry.prune_sync()
+    assert retry.steps_sync() == [3]
+
+
+def test_prune_beside_an_attempt_never_drops_the_only_good_one(dest, caplog):
+    damage(dest, info_of(saved(dest, [1, 2]), 2))
+    running = Checkpoint(dest)
+    assert running.load_bytes_sync() == BIG + b"1"
+    told = {one.checkpoint.step: one.reason for one in Checkpoint._joining(dest, keep=1).prune_sync()}
+    assert told == {2: "the newest", 1: "the newest that is not damaged"}
+    assert Checkpoint(dest, read_only=True).load_bytes_sync() == BIG + b"1"
+
+
+def test_what_a_child_process_saved_is_no_step_back(dest):
+    parent = Checkpoint(dest, keep=1)
+    parent.save_sync(b"0", step=0)
+
+    def in_child(step):
+        if (pid := os.fork()) == 0:
+            parent.save_sync(b"child", step=step)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+
+    in_child(1)
+    parent.load_sync()
+    in_child(2)
+    for _ in parent.iterate(range(3), every=1):
+        pass
+    parent.save_sync(b"parent", step=3)
+    assert all(one.in_lineage for one in parent.checkpoints_sync())
+
+
 # --- many --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def small_pages(monkeypatch):
-    monkeypatch.setattr("taskckpt._log.writer.PAGE_COMMITS", 8)
+    for room in ("writer", "catalogue"):
+        monkeypatch.setattr(f"taskckpt._log.{room}.PAGE_COMMITS", 8)
     monkeypatch.setattr("taskckpt._log.catalogue.FEW_RECORDS", 4)
 
 

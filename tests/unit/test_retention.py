@@ -33,6 +33,10 @@ def kept(slot: int, original: int | None = None, step: int | None = None) -> Kep
     return Kept(slot, (key_of(original),) if original % 2 else (), original, step)
 
 
+def safe(original: int | None) -> dict[int, str]:
+    return {} if original is None else {original: "the attempt resumed from it"}
+
+
 def commit_of(new: Kept, plan: Plan, pinned: tuple[int, ...] = ()) -> Commit:
     return Commit(
         Stamp(new.slot, ClaimId(1, NONCE), "w", "n", "t"),
@@ -117,7 +121,7 @@ def test_random_histories(history):
         if what == "pin" and repeats:
             oracle.pinned.add(original)
         pinned = tuple(sorted(oracle.pinned))
-        plan = retention.plan_all(new) if repeats else retention.plan(new, pinned, protected)
+        plan = retention.plan_all(new) if repeats else retention.plan(new, pinned, safe(protected))
         commit = commit_of(new, plan, pinned)
         own += not repeats
         dropped = retention.committed(commit)
@@ -137,7 +141,7 @@ def test_random_histories(history):
 
 def test_the_state_resumed_from_outlives_the_window():
     retention = writer_of(1, [5])
-    first = commit_of(kept(8), retention.plan(kept(8), (), protected=5))
+    first = commit_of(kept(8), retention.plan(kept(8), (), protected=safe(5)))
     assert (first.floor, first.kept) == (8, (5,))
     assert retention.committed(first) == []
     assert retention.keys() == {"data/5"}
@@ -149,7 +153,7 @@ def test_the_state_resumed_from_outlives_the_window():
 def test_an_older_state_resumed_from_is_protected_too():
     """The newest was damaged, so the attempt went on from the one before, which keep=1 would drop."""
     retention = writer_of(1, [9, 4])
-    commit = commit_of(kept(12), retention.plan(kept(12), (), protected=4))
+    commit = commit_of(kept(12), retention.plan(kept(12), (), protected=safe(4)))
     assert commit.kept == (4,)
     assert [old.slot for old in retention.committed(commit)] == [9]
 
@@ -192,7 +196,7 @@ def test_a_payload_that_two_commits_share_is_needed_as_long_as_one_is_there():
     rolled_back = commit_of(kept(11, original=5), retention.plan_all(kept(11, original=5)))
     assert rolled_back.kept == (9, 7, 5), "what is left behind goes on from it as well"
     assert retention.committed(rolled_back) == []
-    next_one = commit_of(kept(12), retention.plan(kept(12), (), protected=5))
+    next_one = commit_of(kept(12), retention.plan(kept(12), (), protected=safe(5)))
     assert next_one.kept == (11,)
     assert [old.slot for old in retention.committed(next_one)] == [9, 7, 5]
     assert retention.keys() == {"data/5"}
@@ -219,7 +223,7 @@ def test_more_or_fewer_may_be_kept_than_the_attempt_before_kept():
 @pytest.mark.parametrize("keep", [1, None])
 def test_the_reasons_are_those_of_the_plan(keep):
     retention = writer_of(keep, [9, 8, 7, 3])
-    reasons = retention.reasons(kept(9), pinned=(3,), protected=8)
+    reasons = retention.reasons(kept(9), pinned=(3,), protected=safe(8))
     if keep is None:
         assert set(reasons) == {9, 8, 7, 3}
     else:
