@@ -17,6 +17,10 @@ SourceKind = Literal["auto", "bytes", "folder"]
 
 # What any reader of JSON takes for the number that it is.
 HIGHEST_STEP = 2**53 - 1
+# Far below where readers of JSON give up: of a record, metadata are three levels of 128.
+METADATA_DEPTH = 100
+# No Python can be told to read fewer digits.
+METADATA_DIGITS = 640
 # All metadata and metrics of a checkpoint lie in its record, which whoever lists checkpoints reads.
 NOTES_LIMIT_BYTES = 64 * 1024
 
@@ -62,7 +66,7 @@ def checked_notes(step: int | None, metadata: Mapping[str, Json] | None, metrics
 
     Raises:
         UsageTypeError: Something in it has a type that JSON does not know; the message names its path.
-        UsageError: It is too large, or a number is not finite where it must be.
+        UsageError: It is too large or nested too deep, or a number is not finite where it must be.
     """
     notes = Notes(
         None if step is None else checked_step(step),
@@ -99,19 +103,26 @@ def _mapping(values: object, what: str) -> Mapping[Any, Any]:
     return values
 
 
-def _plain(value: object, path: str) -> Json:
+def _plain(value: object, path: str, depth: int = METADATA_DEPTH) -> Json:
     if value is None or isinstance(value, (bool, str)):
         return value
+    if isinstance(value, (Mapping, list, tuple)) and not depth:
+        raise UsageError(f"{path[:80]}... is nested more than {METADATA_DEPTH} deep.")
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{path}[{key!r}]") for key, item in _mapping(value, path).items()}
+        items = _mapping(value, path).items()
+        return {str(key): _plain(item, f"{path}[{key!r}]", depth - 1) for key, item in items}
     if isinstance(value, (list, tuple)):
-        return [_plain(item, f"{path}[{index}]") for index, item in enumerate(value)]
+        return [_plain(item, f"{path}[{index}]", depth - 1) for index, item in enumerate(value)]
     if isinstance(value, Integral):
-        return int(value)
+        number = int(value)
+        if abs(number) >= 10**METADATA_DIGITS:
+            raise UsageError(f"{path} has more than {METADATA_DIGITS} digits.", hint="Say it as text.")
+        return number
     if isinstance(value, Real):
-        if not math.isfinite(value):
-            raise UsageError(f"{path} is {float(value)}, which JSON cannot say.", hint="metrics= takes it.")
-        return float(value)
+        finite = _float(value, path)
+        if not math.isfinite(finite):
+            raise UsageError(f"{path} is {finite}, which JSON cannot say.", hint="metrics= takes it.")
+        return finite
     raise UsageTypeError(
         f"{path} is of the type {type(value).__name__}; metadata holds what JSON does.",
         hint="Put it into the checkpoint itself, or make text or a number of it.",
@@ -119,6 +130,16 @@ def _plain(value: object, path: str) -> Json:
 
 
 def _metric(name: str, value: object) -> float:
+    what = f"metrics[{name!r}]"
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
-        raise UsageTypeError(f"metrics[{name!r}] is of the type {type(value).__name__}, and no number.")
-    return float(cast("float", value))
+        raise UsageTypeError(f"{what} is of the type {type(value).__name__}, and no number.")
+    return _float(value, what)
+
+
+def _float(value: object, what: str) -> float:
+    try:
+        return float(cast("float", value))
+    except OverflowError as error:
+        raise UsageError(f"{what} is larger than any float.") from error
+    except (TypeError, ValueError) as error:
+        raise UsageTypeError(f"{what} is of the type {type(value).__name__}, and no number.") from error

@@ -65,13 +65,13 @@ class SaveRequest(NamedTuple):
     """What is to be saved, beside the data.
 
     Attributes:
-        positions: Tells where the iterations of the task are, when it comes to the commit; None: there are none.
+        positions: Where the iterations of the task were when the save was called; None: there are none.
         overwrite: Whether there may be a checkpoint of that step already.
         pin: Whether it is pinned from the start.
     """
 
     notes: Notes = NO_NOTES
-    positions: Callable[[], dict[str, Any]] | None = None
+    positions: dict[str, Any] | None = None
     overwrite: bool = False
     pin: bool = False
 
@@ -120,7 +120,7 @@ class Attempt:
         self.policy = policy
         self._fork = fork
         self._src_kind: SourceKind = src_kind
-        self._claim_nonce = claim_nonce or new_nonce()
+        self.claim_nonce = claim_nonce or new_nonce()
         self._about = dict(about or {})
         self._on_hold = on_hold
         self._resumed_from: Commit | str | None = None
@@ -285,19 +285,18 @@ class Attempt:
         key_for = partial(log.next_payload_key, nonce)
         try:
             content, stored = _payload.upload(store, source, key_for, stop, report)
-            positions = None if request.positions is None else request.positions()
-            stored_positions = self._store_positions(positions, key_for, stop)
+            stored_positions = self._store_positions(request.positions, key_for, stop)
         except NotFoundError:
             # A newer attempt removes what older ones have half uploaded: if that is why, say so.
             log.view(stop)
             raise
         uploaded = time.monotonic()
         # An attempt that knows of no positions carries on what earlier ones left.
-        saved = Saved(content, stored, request.notes, stored_positions, positions is None, request.pin)
+        saved = Saved(content, stored, request.notes, stored_positions, request.positions is None, request.pin)
         commit = log.commit(nonce, saved, stop)
         self.has_payload = True
-        if positions is not None:
-            self._positions = positions
+        if request.positions is not None:
+            self._positions = request.positions
         tell_saved(
             commit,
             self.dest.uri,
@@ -380,7 +379,7 @@ class Attempt:
             log.hold(stop)
             self._tell_hold()
             log.clear(stop)
-            self._positions, self._resumed_from, self.has_payload = {}, None, False
+            self._positions, self._resumed_from, self.has_payload, self.loaded = {}, None, False, None
         logger.info("Cleared %s.", self.dest.uri)
 
     # --- what is refused -----------------------------------------------------------------------
@@ -424,6 +423,9 @@ class Attempt:
                     uri=folder.path,
                     hint=f"Restore elsewhere than {place}.",
                 )
+        inside = _workspace.place_around(real)
+        if inside is not None:
+            raise UsageError("Checkpoints of a task lie here.", uri=inside, hint="Restore into a folder of its own.")
         return folder.path
 
     # --- inside --------------------------------------------------------------------------------
@@ -480,7 +482,7 @@ class Attempt:
             about = {"host": platform.node(), "pid": os.getpid(), "keep": text_of(self.policy)} | self._about
             self._log = TaskLog(
                 store,
-                claim_nonce=self._claim_nonce,
+                claim_nonce=self.claim_nonce,
                 policy=self.policy,
                 about={key: _plain(value) for key, value in about.items() if value is not None},
                 sources=tuple(source.record_uri for source in self.sources),

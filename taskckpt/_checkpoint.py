@@ -167,6 +167,7 @@ class Checkpoint(HistoryVerbs):
         *,
         keep: int | KeepPolicy | None,
         save_policy: SavePolicy | int | str | None,
+        fork_from: Target | CheckpointInfo | None,
         storage_options: dict[str, Any],
         timeout_s: float,
         claim_nonce: str,
@@ -179,6 +180,7 @@ class Checkpoint(HistoryVerbs):
             Attempt(
                 dest,
                 policy=policy_of(keep),
+                fork=None if fork_from is None else _fork(fork_from),
                 storage_options=storage_options,
                 timeout_s=checked_timeout(timeout_s),
                 claim_nonce=claim_nonce,

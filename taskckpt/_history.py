@@ -135,8 +135,9 @@ class History:
         if not commits:
             return {}
         newest, safe = commits[0], self._attempt.protected(until=2)
-        if newest.count < 2 and isinstance(newest.resumed_from, int):
-            # A tool that joins knows no more than the log says.
+        is_ours = newest.stamp.claim.nonce == self._attempt.claim_nonce
+        if is_ours and newest.count == 1 and isinstance(newest.resumed_from, int):
+            # A tool that joins an attempt knows no more of it than the log says.
             safe.setdefault(newest.resumed_from, "the attempt resumed from it")
         if self._attempt.policy is not None and len(commits) > 1:
             good = self._newest_good(commits, stop)

@@ -7,6 +7,7 @@ When is an item done? When the next one is asked for; when a save is made in its
 from __future__ import annotations
 
 import copy
+import math
 import opcode
 import sys
 from collections.abc import AsyncIterator, Generator, Hashable
@@ -42,11 +43,13 @@ class Iterate(Generic[T]):
         fingerprint: object = None,
     ) -> None:
         if name is not None and (not isinstance(name, str) or not name):
-            raise UsageTypeError(f"name={name!r} must be a text.")
+            raise UsageTypeError(f"name={name!r} must be a text that is not empty.")
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
             raise UsageError(f"epochs={epochs!r} must be a whole number of at least 1.")
         if not _is_plain(fingerprint):
-            raise UsageTypeError("fingerprint= must be made of None, numbers, texts, bytes, lists, tuples and dicts.")
+            raise UsageTypeError(
+                "fingerprint= must be made of None, finite numbers, texts, bytes, lists, tuples and dicts."
+            )
         known_as = source_of(source, shuffle)
         self._what = Iteration(
             source=known_as,
@@ -66,13 +69,29 @@ class Iterate(Generic[T]):
     def __aiter__(self) -> AsyncIterator[T]:
         return _AsyncItems(Loop(self._what))
 
+    def __len__(self) -> int:
+        """How many items are left, of all epochs. Asks the store if nothing was loaded yet.
+
+        Raises:
+            UsageTypeError: The length of the source is not known. A ``TypeError``, as progress bars take it.
+        """
+        return Loop(self._what).remaining(Stop())
+
+    def __repr__(self) -> str:
+        known = self._what.identity
+        given = {key: known.get(key) for key in ("length", "shuffle") if known.get(key) is not None}
+        said = {"name": self._what.name, **given, "epochs": self._what.epochs}
+        return f"iterate({known['type']}, {', '.join(f'{key}={value!r}' for key, value in said.items())})"
+
 
 def _is_plain(value: object) -> bool:
     if isinstance(value, dict):
         return all(_is_plain(key) and _is_plain(inner) for key, inner in value.items())
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str, bytes))
+    if isinstance(value, float):
+        return math.isfinite(value)  # nan equals nothing: such a position could never be resumed
+    return value is None or isinstance(value, (bool, int, str, bytes))
 
 
 def _caller() -> Hashable:

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable, Hashable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import count, pairwise
-from types import FrameType
+from functools import partial
+from itertools import count
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
+from taskckpt._interrupts import is_interrupting, note_handlers
 from taskckpt._operation import Stop
-from taskckpt._positions import Position, Positions, restored, stored
+from taskckpt._positions import Inside, Position, Positions, belongs_elsewhere, reached_in, restored, stored
 from taskckpt._sources import Mark, Opened, Source, state_of
 from taskckpt._when import EverySteps, SavePolicy, Schedule
-from taskckpt.errors import IdentityMismatchError, TaskckptError, UsageError, UsageTypeError
+from taskckpt.errors import IdentityMismatchError, TaskckptError, TaskckptWarning, UsageError, UsageTypeError
 
 logger = logging.getLogger("taskckpt")
 
@@ -121,26 +124,29 @@ _numbers = count()
 
 _END: Any = object()
 
-_CO_VARARGS = 4  # inspect.CO_VARARGS, without importing all of that
-
 # Time-based policies are asked no more often than this.
 _PAUSE_S = 0.01
 
 
 class Loop(Generic[T]):
-    """Where a loop is. All of it runs in the loop's own thread, except ``position`` and ``forget``.
+    """Where a loop is. All of it runs in the loop's own thread, except what ``Positions`` asks.
 
     Attributes:
         consumer: The frame that asked for the item that is out, as its ``id``; None if there is none.
+        inside: The items of other loops in whose body it was begun.
     """
 
     def __init__(self, what: Iteration[T]) -> None:
         self.consumer: int | None = None
         self._what = what
-        self._number = next(_numbers)
+        self._number = -1  # loops have one in the order in which they begin
         self._around = _body.get()
+        self.inside = what.positions.inside()
+        self._thread: int | None = None
         self._has_entered = False
+        self._is_overtaken = False
         self._epoch = _Epoch(0)
+        self._end_before: tuple[int, int] | None = None  # of the epoch before, which is where this one begins
         # What it goes over now.
         self._prefers_async = False
         self._opened: Opened | None = None
@@ -158,7 +164,7 @@ class Loop(Generic[T]):
         self._is_overdue = False
         self._next_question = 0.0
         self._committed: tuple[int, int] | None = None
-        self._cleared_at: int | None = None
+        self._behind: Position | None = None  # what the next commit has of this loop, if that is not where it stands
 
     # --- its beginning -------------------------------------------------------------------------
 
@@ -168,20 +174,55 @@ class Loop(Generic[T]):
         what.attempt.expect_writable("iterate")
         if not what.positions.are_known:
             what.later.settle(stop)
-            what.positions.learn(what.attempt.find_positions(stop))
+            found = what.attempt.find_positions(stop)
+            what.positions.learn(found, is_payload_unread=what.attempt.has_payload)
+
+    def remaining(self, stop: Stop) -> int:
+        """How many items of all epochs are left to a loop that begins now, or runs. May block.
+
+        Raises:
+            UsageTypeError: The length of the source is not known. It is a ``TypeError``, as of what has no ``len()``.
+        """
+        what = self._what
+        length = what.source.identity["length"]
+        if not isinstance(length, int):
+            raise UsageTypeError(f"How many items the iterate {what.name!r} has is not known.")
+        self.look(stop)
+        found = what.positions.now_at(what.name, self.inside)
+        epoch, done = (0, 0) if found is None else restored(found, what.name, what.identity, what.epochs)[:2]
+        return (what.epochs - epoch) * length - done
 
     def begin(self, *, prefers_async: bool) -> None:
         """Goes to where the last loop of this name stopped."""
         what = self._what
-        found = what.positions.left_by(what.name, what.place)
+        found = what.positions.left_by(what.name, what.place, what.identity, self.inside)
         if found is not None:
             self._epoch = _Epoch(*restored(found, what.name, what.identity, what.epochs))
-            self._committed = self._reached if what.positions.is_committed(what.name) else None
+            self._committed = self.reached if what.positions.is_committed(what.name) else None
+            self._warn_of_payload(stacklevel=5 if prefers_async else 4)
         what.positions.enter(what.name, self)
         self._has_entered = True
+        self._number = next(_numbers)
+        if not self.inside:  # else the loop around has done so, and it takes 0.1 ms
+            note_handlers()
+        self._thread = threading.get_ident()
         self._prefers_async = prefers_async
         if self._epoch.number < what.epochs:
             self._open(is_there=False)
+
+    def _warn_of_payload(self, stacklevel: int) -> None:
+        what = self._what
+        if not what.positions.is_payload_unread or what.policy is not None:
+            return
+        if self.reached == (0, 0) or self._epoch.number == what.epochs:
+            return
+        warnings.warn(
+            f"The iterate {what.name!r} resumes at item {self._epoch.done} of epoch {self._epoch.number}, counted from "
+            "0, and what was saved with it was not loaded. Load it before the loop.",
+            TaskckptWarning,
+            stacklevel=stacklevel,
+        )
+        what.positions.is_payload_unread = False  # once is enough
 
     def _open(self, *, is_there: bool) -> None:
         epoch = self._epoch
@@ -243,6 +284,7 @@ class Loop(Generic[T]):
 
     def take_back(self) -> None:
         """The item that is out is done."""
+        self._expect_not_overtaken()
         # In this order: a thread of the body that nobody waited for may count it too little now, but not twice.
         self._is_out = False
         self._epoch.done += 1
@@ -256,6 +298,13 @@ class Loop(Generic[T]):
                 f"The iterate {name!r} is at item {epoch.done} of epoch {epoch.number}; "
                 f"its source has only {epoch.done - self._skip} now."
             )
+        least = self._what.source.least()
+        if epoch.done < least:
+            raise IdentityMismatchError(
+                f"The iterate {name!r} has ended after {epoch.done} items of epoch {epoch.number}, "
+                f"and its source has {least}.",
+                hint="A sequence must stay as it is while it is gone over, and [] give an item for each index.",
+            )
         if epoch.number and not epoch.done and self._item:
             raise UsageError(
                 f"The source of the iterate {name!r} gave nothing in epoch {epoch.number}: "
@@ -263,6 +312,7 @@ class Loop(Generic[T]):
                 hint="epochs= takes a source that begins anew each time; or a function that makes one.",
             )
         keeps_state = opened.keeper is not None and opened.outlives_epochs
+        self._end_before = epoch.number, epoch.done
         self._epoch = _Epoch(epoch.number + 1, mark=state_of(opened.keeper, 0) if keeps_state else None)
         self._close()
         if self._epoch.number < self._what.epochs:
@@ -275,21 +325,38 @@ class Loop(Generic[T]):
 
     # --- positions -----------------------------------------------------------------------------
 
-    def position(self) -> Position:
-        """Where it stands: the item that is out is not done. Other threads call this, too."""
+    @property
+    def reached(self) -> tuple[int, int]:
+        """Its epoch, and how many items of it are done."""
+        return self._epoch.number, self._epoch.done
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this code runs in the body of the item that is out."""
+        return self._is_out and _is_in(_body.get(), self._number, self._item)
+
+    def position(self) -> Position | None:
+        """Where it stands: the item that is out is not done. None if it was overtaken. Other threads call this, too."""
+        if self._is_overtaken:
+            return None
         epoch = self._epoch
         mark = epoch.mark  # before what is done: see there
-        return stored(epoch.number, epoch.done, mark, self._what.identity)
+        return stored(epoch.number, epoch.done, mark, self._what.identity, self._inside_now())
+
+    def _inside_now(self) -> Inside:
+        return self.inside if self._what.positions.is_still(self.inside) else []
 
     def position_here(self) -> Position | None:
         """Where it stands when the item that is out is done; None if this code does not run in its body."""
         epoch, item = self._epoch, self._item
-        if not self._is_out or not _is_in(_body.get(), self._number, item) or _is_interrupting(self.consumer):
+        mark, done = epoch.mark, epoch.done  # in this order: see there; and before it is asked whether they still hold
+        if not self.is_here or is_interrupting(self.consumer):
             return None
-        mark = self._mark(epoch.done + 1)
-        self._carried = (item, mark)
-        self._cleared_at = None
-        return stored(epoch.number, epoch.done + 1, mark, self._what.identity)
+        latest = self._mark(done + 1)
+        if self.is_here:  # else this is a thread, and the loop went on meanwhile
+            mark = latest
+            self._carried = (item, mark)
+        return stored(epoch.number, done + 1, mark, self._what.identity, self._inside_now())
 
     def _mark(self, done: int) -> Mark | None:
         """The state as it is now, when so many items have come out; or else the latest one."""
@@ -298,9 +365,43 @@ class Loop(Generic[T]):
             return mark
         return state_of(opened.keeper, done)
 
-    @property
-    def _reached(self) -> tuple[int, int]:
-        return self._epoch.number, self._epoch.done
+    # --- a task that goes elsewhere ------------------------------------------------------------
+
+    def compare(self, adopted: Position | None) -> None:
+        """The task has this position now, by a load or a rollback.
+
+        That is fine if a save in this body, or the last one before it, has left it; what else is, would be skipped.
+        """
+        number, done = self.reached
+        here = {(number, done)}
+        if self._is_out:
+            here.add((number, done + 1))
+        if self._end_before is not None and not done:
+            here.add(self._end_before)
+        inside = self._inside_now()
+        if adopted is None or belongs_elsewhere(adopted, inside):
+            stands = (0, 0) in here
+        else:
+            stands = reached_in(adopted) in here
+        self._is_overtaken = not stands
+
+    def overtake(self) -> None:
+        """The task was cleared."""
+        self._is_overtaken = True
+
+    def expect_in_place(self) -> None:
+        """Raises UsageError in the thread or the body of a loop that was overtaken."""
+        if self._thread == threading.get_ident() or self.is_here:
+            self._expect_not_overtaken()
+
+    def _expect_not_overtaken(self) -> None:
+        if self._is_overtaken:
+            raise UsageError(
+                f"The task went back (by a load, a rollback or a clear) while the iterate {self._what.name!r} was "
+                "running: it is not at this item any more.",
+                hint="Leave the loop (break) and begin it anew: it goes on from what was loaded. "
+                "Clear behind the loop.",
+            )
 
     # --- commits -------------------------------------------------------------------------------
 
@@ -313,7 +414,7 @@ class Loop(Generic[T]):
             if not self._is_overdue:
                 return False
         self._what.later.raise_failures()
-        if self._item in (self._carried[0], self._cleared_at):
+        if self._item == self._carried[0]:
             self._is_overdue = False
             return False
         return self._what.later.is_idle  # else at the next item: nobody waits here for what goes on in the background
@@ -330,20 +431,36 @@ class Loop(Generic[T]):
 
     def prepare(self) -> None:
         """Between two items: what comes next is a commit."""
-        self._epoch.mark = self._mark(self._epoch.done)
+        epoch = self._epoch
+        before, epoch.mark = epoch.mark, self._mark(epoch.done)
+        if self._has_followers():
+            self._behind = stored(epoch.number, epoch.done - 1, before, self._what.identity, self._inside_now())
+
+    def _has_followers(self) -> bool:
+        """Whether the item that was out goes in step with one of a loop that began later, as in the body of a ``zip``.
+
+        Such a loop is asked after this one: only then it is known that its item is done. To count this one before would
+        bring them out of step.
+        """
+        body, has_followers = _body.get(), False
+        while body is not None:
+            loop, item, body = body
+            if loop == self._number:
+                return has_followers and item == self._item
+            has_followers = has_followers or loop > self._number
+        return False
 
     def commit(self, stop: Stop) -> None:
         """Commits all positions, with the last payload again. Blocks."""
         began = time.monotonic()
+        what, (behind, self._behind) = self._what, (self._behind, None)
         try:
-            self._what.attempt.expect_writable("save")
-            look = self._what.positions.snapshot()
-            assert look is not None
-            self._what.attempt.save_positions(look, stop)
+            what.attempt.expect_writable("save")
+            what.attempt.save_positions(partial(what.positions.between_items, what.name, behind), stop)
         finally:
             if self._schedule is not None:
                 self._schedule.saved(time.monotonic() - began, None)
-        self._committed = self._reached
+        self._committed = self.reached if behind is None else None
         self._is_overdue = False
 
     def finish(self, stop: Stop) -> None:
@@ -351,6 +468,7 @@ class Loop(Generic[T]):
 
         Without ``every=`` a payload stays together with its positions: then the next save carries them.
         """
+        self._expect_not_overtaken()
         if not self._item:
             self._what.positions.expect_first_end(self._what.name)
         if self._is_to_commit():
@@ -363,6 +481,8 @@ class Loop(Generic[T]):
 
         Nothing can be raised here, as Python is letting go of the loop. What was not committed comes again.
         """
+        if self._is_overtaken:
+            return
         self.take_back()
         self.prepare()
         try:
@@ -376,17 +496,13 @@ class Loop(Generic[T]):
             )  # fmt: skip
 
     def _is_to_commit(self) -> bool:
-        if self._committed == self._reached or self._cleared_at == self._item:
+        if self._committed == self.reached:
             return False
         if self._schedule is not None:
             return True
         return self._what.later.is_idle and not self._what.attempt.has_payload  # what is pending is a payload
 
     # --- its end -------------------------------------------------------------------------------
-
-    def forget(self) -> None:
-        """All was cleared: if no more items are asked for, this loop leaves nothing."""
-        self._cleared_at = self._item
 
     def leave(self) -> None:
         """The loop has ended, in whatever way. Repeatable."""
@@ -397,34 +513,8 @@ class Loop(Generic[T]):
             _body.set(self._around)
         if self._has_entered:
             self._has_entered = False
-            position = None if self._cleared_at == self._item else self.position()
-            is_committed = self._committed == self._reached
-            self._what.positions.leave(self._what.name, position, is_committed=is_committed)
-
-
-def _is_interrupting(consumer: int | None) -> bool:
-    """Whether a signal handler calls this, in the middle of that frame's body, or of a loop here.
-
-    Then the item is not done, whatever the handler saves.
-    """
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001
-    while frame is not None and id(frame) != consumer:
-        if _is_signal_handler(frame):
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _is_signal_handler(frame: FrameType) -> bool:
-    """Whether it was called by Python itself: with a number, and the frame that it interrupts, which is its caller."""
-    code = frame.f_code
-    has_more = bool(code.co_flags & _CO_VARARGS)
-    if code.co_argcount < 2 and not has_more:
-        return False
-    values = [frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount]]
-    if has_more:
-        values += frame.f_locals.get(code.co_varnames[code.co_argcount + code.co_kwonlyargcount]) or ()
-    return any(isinstance(number, int) and value is frame.f_back for number, value in pairwise(values))
+            is_committed = self._committed == self.reached
+            self._what.positions.leave(self._what.name, self.position(), is_committed=is_committed)
 
 
 def _is_in(body: _Body | None, loop: int, item: int) -> bool:

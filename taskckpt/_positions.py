@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from functools import partial
+from collections.abc import Hashable, Mapping
 from typing import Any, Protocol, TypeAlias, cast
 
 from taskckpt._sources import Mark
@@ -12,20 +11,46 @@ from taskckpt.errors import IdentityMismatchError, UnsupportedFormatError, Usage
 # What is stored of one iterate: a dict that the codec of states can store.
 Position: TypeAlias = dict[str, Any]
 
+# In the body of which item a loop was begun: the name, the epoch and the items done of each loop around it.
+Inside: TypeAlias = list[list[Any]]
+
 
 class Running(Protocol):
     """A loop that has begun and not ended."""
 
-    def position(self) -> Position:
-        """Where it stands: the item that is out is not done. Any thread may ask."""
+    @property
+    def inside(self) -> Inside:
+        """The items in whose body it was begun."""
+        ...
+
+    @property
+    def reached(self) -> tuple[int, int]:
+        """Its epoch, and how many items of it are done."""
+        ...
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this code runs in its body."""
+        ...
+
+    def position(self) -> Position | None:
+        """Where it stands: the item that is out is not done. None if it was overtaken. Any thread may ask."""
         ...
 
     def position_here(self) -> Position | None:
         """Where it stands when the item that is out is done; None if this code does not run in its body."""
         ...
 
-    def forget(self) -> None:
-        """All was cleared."""
+    def compare(self, adopted: Position | None) -> None:
+        """The task has this position now: if that is not where this loop stands, it is overtaken."""
+        ...
+
+    def overtake(self) -> None:
+        """The task is elsewhere now: this loop gives no more items, and what it leaves does not count."""
+        ...
+
+    def expect_in_place(self) -> None:
+        """Raises UsageError in the thread or the body of a loop that was overtaken."""
         ...
 
 
@@ -40,39 +65,54 @@ class Positions:
         self._left: dict[str, dict[str, Position]] = {}  # empty until it is known what earlier loops left
         self._running: dict[str, Running] = {}
         self._places: dict[str, Hashable] = {}
+        self.is_payload_unread = False  # of the checkpoint that these positions come from
         self._committed: set[str] = set()
         self._ended: set[str] = set()
 
     # --- for Checkpoint ------------------------------------------------------------------------
 
-    def snapshot(self) -> Callable[[], dict[str, Position]] | None:
+    def snapshot(self) -> dict[str, Position] | None:
         """What a save that begins here and now carries; None if this process knows of no iterate at all.
 
         To be called in the thread, and in the asyncio task, that saves: the item in whose body that is counts as done.
-        Where all others are is told by what this returns, when it comes to the commit: by then other threads may have
-        committed later ones.
+        What other threads do until the commit comes again, even if they have committed it by then: the payload, which
+        is as old as this, may lack it.
+
+        Raises:
+            UsageError: This is the thread or the body of a loop that was overtaken.
         """
         if not self._left:
             return None
-        running = self._running.copy()
+        running = self._in_place()
+        now = self._now(running)
         here = {name: position for name, loop in running.items() if (position := loop.position_here()) is not None}
-        return partial(self._with, here)
+        return now | here
 
-    def _with(self, here: dict[str, Position]) -> dict[str, Position]:
-        running = self._running.copy()  # first: a loop that ends leaves its position before it runs no more
-        return self._left[""] | {name: loop.position() for name, loop in running.items()} | here
+    def _in_place(self) -> dict[str, Running]:
+        running = self._running.copy()
+        for loop in running.values():
+            loop.expect_in_place()
+        return running
+
+    def _now(self, running: dict[str, Running]) -> dict[str, Position]:
+        # Who runs comes first: a loop that ends leaves its position before it runs no more.
+        found = {name: position for name, loop in running.items() if (position := loop.position()) is not None}
+        return self._left[""] | found
 
     def adopt(self, found: Mapping[str, Position]) -> None:
-        """A checkpoint was loaded, with these. Loops that run go on from where they are."""
+        """A checkpoint was loaded, with these. Loops that run and stand elsewhere are overtaken."""
         self._left[""] = dict(found)
         self._committed = set(found)
         self._ended.clear()
+        self.is_payload_unread = False
+        for name, loop in self._running.copy().items():
+            loop.compare(found.get(name))
 
     def forget(self) -> None:
-        """All was cleared. Loops that run, and go on, do so from where they are."""
+        """All was cleared. Loops that run are overtaken."""
         self.adopt({})
         for loop in self._running.copy().values():
-            loop.forget()
+            loop.overtake()
 
     # --- for loops -----------------------------------------------------------------------------
 
@@ -81,27 +121,65 @@ class Positions:
         """Whether it is known what earlier loops left."""
         return bool(self._left)
 
-    def learn(self, found: Mapping[str, Position]) -> None:
-        """The store has these, if that was not known yet."""
+    def learn(self, found: Mapping[str, Position], *, is_payload_unread: bool = False) -> None:
+        """The store has these, if that was not known yet; and beside them a payload that nobody has loaded."""
         if self._left.setdefault("", given := dict(found)) is given:
             self._committed = set(given)
+            self.is_payload_unread = is_payload_unread
 
-    def left_by(self, name: str, place: Hashable | None) -> Position | None:
-        """Where the last loop of this name stopped; None if there was none.
+    def inside(self) -> Inside:
+        """In the body of which items this code runs."""
+        inside: Inside = []
+        for name, loop in self._running.copy().items():
+            if loop.is_here:
+                inside += [one for one in [*loop.inside, [name, *loop.reached]] if one not in inside]
+        return inside
+
+    def is_still(self, inside: Inside) -> bool:
+        """Whether those loops are at these items. (If not, the loop that was begun in there goes in step with them.)"""
+        return all(self._reached(name) == (epoch, done) for name, epoch, done in inside)
+
+    def _reached(self, name: str) -> tuple[Any, Any] | None:
+        loop = self._running.get(name)
+        if loop is not None:
+            return loop.reached
+        left = self._left.get("", {}).get(name)
+        return None if left is None else reached_in(left)
+
+    def now_at(self, name: str, inside: Inside) -> Position | None:
+        """Where the loop of this name is, or the last one stopped. None: a loop in there begins at the start."""
+        loop = self._running.get(name)
+        position = None if loop is None else loop.position()
+        left = self._left.get("", {}).get(name) if position is None else position
+        return None if left is None or belongs_elsewhere(left, inside) else left
+
+    def left_by(
+        self, name: str, place: Hashable | None, identity: dict[str, object], inside: Inside
+    ) -> Position | None:
+        """Where the last loop of this name stopped; None if there was none, or in another item of the loops around.
 
         Args:
             name: Of the iterate.
             place: Of one that was given no name: where it is in the program, by which it is known again.
+            identity: What it goes over.
+            inside: In the body of which items it begins.
 
         Raises:
-            UsageError: There is another one that was given no name.
+            UsageError: There is another one that was given no name, and it goes over something else, or still runs.
         """
-        if place is not None and self._places.setdefault(name, place) != place:
+        left = self._left.get("", {}).get(name)
+        # Another place, but the same loop: in a cell that was edited, or written once more further down.
+        goes_on = name not in self._running and (left is None or _is_surely_the_same(left, identity))
+        if place is not None and self._places.setdefault(name, place) != place and not goes_on:
             raise UsageError(
                 "Two iterates of this task have no name: they would share one position.",
-                hint="Name them: cp.iterate(..., name='train') and cp.iterate(..., name='test').",
+                hint="Name them: cp.iterate(..., name='train') and cp.iterate(..., name='test'). "
+                f"To go on with the one before: name={name!r}.",
             )
-        return self._left.get("", {}).get(name)
+        if left is not None and belongs_elsewhere(left, inside):
+            self._ended.discard(name)
+            return None
+        return left
 
     def enter(self, name: str, loop: Running) -> None:
         """A loop begins: from now on, saves ask it.
@@ -115,11 +193,24 @@ class Positions:
                 hint="Give those that run at the same time different names: cp.iterate(..., name='left').",
             )
 
+    def between_items(self, name: str, position: Position | None) -> dict[str, Position]:
+        """What is committed by a loop itself: no item counts that is out, in whatever body this is.
+
+        Args:
+            name: Of that loop.
+            position: What it has instead of where it stands.
+
+        Raises:
+            UsageError: As ``snapshot``.
+        """
+        now = self._now(self._in_place())
+        return now if position is None else now | {name: position}
+
     def leave(self, name: str, position: Position | None, *, is_committed: bool) -> None:
-        """A loop that had entered has ended; the next one of this name goes on from there. None: from the start."""
+        """A loop that had entered has ended; the next one of this name goes on from there. None: it was overtaken."""
         if position is not None:
             self._left.setdefault("", {})[name] = position
-        (self._committed.add if is_committed else self._committed.discard)(name)
+            (self._committed.add if is_committed else self._committed.discard)(name)
         del self._running[name]
 
     def is_committed(self, name: str) -> bool:
@@ -135,8 +226,8 @@ class Positions:
         if name in self._ended:
             raise UsageError(
                 f"The iterate {name!r} has come to its end: this second loop over it would get no items.",
-                hint="For several epochs: cp.iterate(..., epochs=3). For several loops: a name for each. "
-                "To do all of it again: cp.clear().",
+                hint="For several epochs: cp.iterate(..., epochs=3), or an iterate around it. "
+                "For several loops: a name for each. To do all of it again: cp.clear().",
             )
 
     def note_end(self, name: str) -> None:
@@ -144,8 +235,7 @@ class Positions:
         self._ended.add(name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        look = self.snapshot()
-        return _copy, (None if look is None else look(),)
+        return _copy, (self.snapshot(),)
 
 
 def _copy(found: dict[str, Position] | None) -> Positions:
@@ -158,9 +248,11 @@ def _copy(found: dict[str, Position] | None) -> Positions:
 # --- what is stored of one ---------------------------------------------------------------------
 
 
-def stored(epoch: int, done: int, mark: Mark | None, identity: dict[str, object]) -> Position:
+def stored(epoch: int, done: int, mark: Mark | None, identity: dict[str, object], inside: Inside) -> Position:
     """A position, to be stored: so many items of an epoch are done, of a source that is known by its identity."""
     position: Position = {"source": identity, "epoch": epoch, "done": done}
+    if inside:
+        position["inside"] = inside
     if mark is not None:
         position |= {"state": mark.state, "state_after": mark.after}
     return position
@@ -190,6 +282,22 @@ def restored(position: Position, name: str, identity: dict[str, object], epochs:
             hint="More epochs than before are possible, fewer than were begun are not. To begin anew: cp.clear().",
         )
     return epoch, done, mark
+
+
+def reached_in(position: Position) -> tuple[Any, Any]:
+    """Its epoch, and how many items of it are done."""
+    return position.get("epoch"), position.get("done")
+
+
+def belongs_elsewhere(position: Position, inside: Inside) -> bool:
+    """Whether it was left in another item of the same loops around: in this one, its loop begins anew."""
+    then: Inside = position.get("inside", [])
+    return then != inside and [name for name, *_ in then] == [name for name, *_ in inside]
+
+
+def _is_surely_the_same(position: Position, identity: dict[str, object]) -> bool:
+    says_something = identity["length"] is not None or identity["fingerprint"] is not None
+    return says_something and position.get("source") == identity
 
 
 def _expect_same(name: str, saved: dict[str, object], identity: dict[str, object]) -> None:

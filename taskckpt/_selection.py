@@ -21,7 +21,7 @@ class Said(dict[str, T]):
     """A dict that cannot be changed. Unlike a read-only view it can be pickled, and ``dataclasses.asdict`` takes it."""
 
     def _refuse(self, *_: object, **__: object) -> Never:
-        raise TypeError("What was said about a checkpoint cannot be changed.")
+        raise UsageTypeError("What was said about a checkpoint cannot be changed.")
 
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 

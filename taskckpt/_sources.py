@@ -70,6 +70,10 @@ class Source(ABC, Generic[T]):
             prefers_async: Of a source that can be iterated over in both ways, take the asynchronous one.
         """
 
+    def least(self) -> int:
+        """How many items must have come at the end of an epoch. What can tell only by its end: none."""
+        return 0
+
 
 def state_of(keeper: object, after: int) -> Mark:
     """The state of what keeps one, now, after so many items of the epoch: a copy."""
@@ -89,14 +93,14 @@ def source_of(given: Given[T], shuffle: int | None) -> Source[T]:
         return _Sequence(cast("Sequence[T]", given), shuffle)
     if shuffle is not None:
         raise UsageError(
-            f"shuffle= takes a sequence, with len() and [], and not a {_name(given)}.",
+            f"shuffle= takes a sequence, with len() and [], and not {_a(given)}.",
             hint="Shuffle in the source itself: its state, or the order in which it gives its items, is resumed.",
         )
     if _is_function(given):
         return _Walk(cast("Callable[[], Iterable[T]]", given), "function", None, makes_anew=True)
     if not _is_iterable(given):
         raise UsageTypeError(
-            f"A {_name(given)} cannot be iterated over.", hint="Pass a sequence, an iterable, or a function."
+            f"iterate() cannot go over {_a(given)}.", hint="Pass a sequence, an iterable, or a function."
         )
     _refuse_one_shot(given)
     return _Walk(lambda: cast("Iterable[T]", given), _name(given), _length(given), makes_anew=False)
@@ -113,6 +117,10 @@ class _Sequence(Source[T]):
         self.identity["shuffle"] = shuffle
         self._given = given
         self._shuffle = shuffle
+
+    def least(self) -> int:
+        # A list may have got longer meanwhile; and a [] that raises StopIteration looks like the end.
+        return max(cast("int", self.identity["length"]), len(self._given))
 
     def open(self, epoch: int, done: int, mark: Mark | None, *, is_there: bool, prefers_async: bool) -> Opened:  # noqa: ARG002
         length = cast("int", self.identity["length"])
@@ -155,7 +163,7 @@ class _Walk(Source[T]):
     def open(self, epoch: int, done: int, mark: Mark | None, *, is_there: bool, prefers_async: bool) -> Opened:  # noqa: ARG002
         made = self._make()
         if not _is_iterable(made) and not _is_iterator(made):
-            raise UsageTypeError(f"The function that iterate() was given makes a {_name(made)}, which has no items.")
+            raise UsageTypeError(f"The function that iterate() was given makes {_a(made)}, which has no items.")
         _refuse(made)
         has_states = _state_methods(made) is not None
         # What is its own iterator may begin anew in iter(), so a state in the middle of an epoch comes after that.
@@ -193,7 +201,7 @@ def _no_state(keeper: object) -> Any:
 def _refuse(given: object) -> None:
     if isinstance(given, (str, bytes, bytearray)):
         raise UsageTypeError(
-            f"iterate() does not go over the characters of a {_name(given)}.",
+            f"iterate() does not go over the characters of {_a(given)}.",
             hint="For the lines of a file: cp.iterate(lambda: open(path)). For characters: cp.iterate(list(text)).",
         )
     if isinstance(given, (set, frozenset)):
@@ -212,7 +220,7 @@ def _refuse(given: object) -> None:
 def _refuse_one_shot(given: object) -> None:
     if _is_iterator(given) and _state_methods(given) is None:
         raise UsageTypeError(
-            f"A {_name(given)} can be gone over only once: what was done before cannot be passed over.",
+            f"iterate() cannot resume {_a(given)}: it can be gone over only once.",
             hint="Pass what it is made from; or a function that makes it: cp.iterate(lambda: read(path)); "
             "or give it get_state and set_state.",
         )
@@ -220,6 +228,11 @@ def _refuse_one_shot(given: object) -> None:
 
 def _name(value: object) -> str:
     return type(value).__qualname__
+
+
+def _a(value: object) -> str:
+    name = _name(value)
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def _has(value: object, *names: str) -> bool:

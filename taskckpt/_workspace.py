@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 
+from taskckpt._layout import LOG, parse_slot_name
 from taskckpt._stores.local import translating
 from taskckpt.errors import AlreadyExistsError, UsageError
 
@@ -178,6 +179,25 @@ def _expect_replaceable(target: str) -> None:
             uri=target,
             hint="Name a folder without one.",
         )
+
+
+def place_around(folder: str) -> str | None:
+    """The task's place that this folder is or lies in, if there is one."""
+    while True:
+        if _is_place(folder):
+            return folder
+        above = os.path.dirname(folder)
+        if above == folder:
+            return None
+        folder = above
+
+
+def _is_place(folder: str) -> bool:
+    try:
+        with os.scandir(os.path.join(folder, LOG)) as entries:
+            return any(parse_slot_name(entry.name) is not None for entry in entries)
+    except OSError:  # none, no folder, or closed to us: then nothing of it can be replaced either
+        return False
 
 
 def contains(folder: str, path: str) -> bool:

@@ -19,18 +19,21 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from taskckpt import engines
 from taskckpt._keep import KeepPolicy, LatestN, parse_policy
 from taskckpt._layout import LOCAL_RUN, keyed_prefix, task_prefix
 from taskckpt._log.slots import new_nonce
 from taskckpt._stores import Location, is_unset, parse
-from taskckpt.errors import AmbiguousIdentityError, NoTaskContextError, UsageError
+from taskckpt.errors import AmbiguousIdentityError, NoTaskContextError, UsageError, UsageTypeError
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from taskckpt._arguments import Target
     from taskckpt._checkpoint import Checkpoint
+    from taskckpt._selection import CheckpointInfo
     from taskckpt._when import SavePolicy
 
 logger = logging.getLogger("taskckpt")
@@ -48,6 +51,16 @@ MOST_CLAIMS = 256
 # Set instead of a task where several ran at once, and a child could belong to any of them.
 AMBIGUOUS = "TASKCKPT_AMBIGUOUS"
 _HANDED_DOWN = (BASE, RUN, TASK, ATTEMPT, KEY, KEEP, CLAIMS, AMBIGUOUS)
+
+
+class Options(TypedDict, total=False):
+    """What ``checkpoint`` takes beside a key; see ``Checkpoint``."""
+
+    keep: int | KeepPolicy | None
+    save_policy: SavePolicy | int | str | None
+    fork_from: Target | CheckpointInfo | None
+    storage_options: Mapping[str, Any]
+    timeout_s: float
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,7 @@ class TaskContext:
     origins: Mapping[str, str] = field(default_factory=dict)
     keep: int | KeepPolicy | None = 3
     save_policy: SavePolicy | int | str | None = None
+    fork_from: Target | CheckpointInfo | None = None
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     timeout_s: float = 300
     parent: TaskContext | None = field(default=None, repr=False)
@@ -111,6 +125,7 @@ class TaskContext:
             self.place,
             keep=self.keep,
             save_policy=self.save_policy,
+            fork_from=self.fork_from,
             storage_options=dict(self.storage_options),
             timeout_s=self.timeout_s,
             claim_nonce=self._nonce,
@@ -189,16 +204,31 @@ def around() -> TaskContext | None:
     return _current.get() or _of_process()
 
 
-def checkpoint(key: str | None = None) -> Checkpoint:
+def checkpoint(key: str | None = None, **options: Unpack[Options]) -> Checkpoint:
     """The checkpoint of the task that this code runs in, or of the task that you call ``key``.
 
     A key names a task over all runs: the same key gives the same state tomorrow.
 
+    Args:
+        key: The task's name.
+        options: ``keep``, ``save_policy``, ``fork_from``, ``storage_options`` and ``timeout_s``, as for
+            ``Checkpoint``; with a key only. The first call in a process decides.
+
     Raises:
         NoTaskContextError: There is no task here, and no key.
+        UsageError: Options that are unknown, without a key, or other ones than those of the first call.
     """
+    unknown = sorted(set(options) - set(Options.__annotations__))
+    if unknown:
+        known = ", ".join(Options.__annotations__)
+        raise UsageTypeError(f"checkpoint() has no option {', '.join(unknown)}.", hint=f"There are: {known}.")
     if key is not None:
-        return _keyed(key).checkpoint
+        return _keyed(key, options).checkpoint
+    if options:
+        raise UsageError(
+            f"{', '.join(options)}: options belong to a task with a key, or to @task.",
+            hint='checkpoint("my-task", keep=5); @task(keep=5).',
+        )
     current = ctx()
     if current is None:
         raise NoTaskContextError(
@@ -248,7 +278,7 @@ def run_and_origin(run: str | None = None) -> tuple[str, str]:
     return (engine.run or LOCAL_RUN, engine.engine) if engine else (LOCAL_RUN, MADE_UP)
 
 
-def _keyed(key: str) -> TaskContext:
+def _keyed(key: str, options: Options) -> TaskContext:
     if not isinstance(key, str) or not key.strip():
         raise UsageError(f"key={key!r} must be a str that is not blank.")
     if "://" in key:
@@ -258,15 +288,29 @@ def _keyed(key: str) -> TaskContext:
         )
     current = ctx()
     if current is None:
-        return _once(_made(task=key, key=key, attempt=None, origins={"task": "key=", "attempt": "unknown"}))
+        made = _made(task=key, key=key, attempt=None, origins={"task": "key=", "attempt": "unknown"})
+        return _once(replace(made, **options), options)
     if current.key == key:
-        return current
+        return _expect_same(current, options)
     # Inside a task, where its children would look too: its environment tells them the same base.
     origins = {**current.origins, "task": "key=", "attempt": "unknown"}
     keyed = replace(current, task=key, attempt=None, key=key, origins=origins, parent=None, _handed_nonce=None)
     # Used outside of any task before, it is this process's attempt; else each attempt of the task makes one.
     outside = _process.contexts.get(_which(keyed))
-    return outside or _once(replace(keyed, _within=current._nonce))  # noqa: SLF001
+    if outside is not None:
+        return _expect_same(outside, options)
+    return _once(replace(keyed, **options, _within=current._nonce), options)  # noqa: SLF001
+
+
+def _expect_same(known: TaskContext, options: Options) -> TaskContext:
+    """A context that exists has its options already."""
+    others = [name for name, value in options.items() if getattr(known, name) != value]
+    if others:
+        raise UsageError(
+            f"This task's checkpoint exists already, with another {' and '.join(others)}.",
+            hint="Give the options in the first call of checkpoint(), or in @task.",
+        )
+    return known
 
 
 def _made(
@@ -349,7 +393,7 @@ def _of_process() -> TaskContext | None:
     )
 
 
-def _once(context: TaskContext) -> TaskContext:
+def _once(context: TaskContext, options: Options | None = None) -> TaskContext:
     """The same context for the same task all through this process; its children join its claim."""
     with _process.lock:
         identity = _which(context)
@@ -357,7 +401,7 @@ def _once(context: TaskContext) -> TaskContext:
         if known is None:
             known = replace(context, _handed_nonce=_handed_nonce(context), _of_process=True)
             _process.contexts[identity] = known
-        return known
+        return _expect_same(known, options or {})
 
 
 def _which(context: TaskContext) -> tuple[str, ...]:

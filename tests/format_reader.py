@@ -148,12 +148,27 @@ def _record(path: Path, slot: int) -> dict[str, Any]:
     if body["kind"] not in NEEDED:
         raise UnsupportedError(f"record {slot}: kind {body['kind']}")
     _require(body, NEEDED[body["kind"]], slot)
+    _require_sense(body, slot)
     return body
 
 
 def _require(body: dict[str, Any], fields: Mapping[str, type], slot: int) -> None:
     if body["slot"] != slot or not all(isinstance(body.get(name), kind) for name, kind in fields.items()):
         raise CorruptRecordError(f"record {slot}: of another slot, or a field is missing or of another type")
+
+
+def _require_sense(body: dict[str, Any], slot: int) -> None:
+    floor, claim, spans = body.get("floor", slot), body["claim"]["slot"], body.get("left_behind", [])
+    below = [*body.get("unreadable", []), *(body[name] for name in ("head", "previous") if body.get(name) is not None)]
+    lasts = [0, *(last for _, last in spans)]
+    if not (
+        (claim == slot if body["kind"] == "claim" else 1 <= claim < slot)
+        and floor <= slot
+        and all(1 <= one < slot for one in below)
+        and all(1 <= one < floor for one in body.get("kept", []))
+        and all(before < first <= last < slot for before, (first, last) in zip(lasts, spans, strict=False))
+    ):
+        raise CorruptRecordError(f"record {slot}: speaks of slots that cannot be")
 
 
 def _restored(place: Path, checkpoint: dict[str, Any]) -> Found:

@@ -49,9 +49,9 @@ def loaded(cp):
 
 
 def position_of(cp):
-    look = cp._positions.snapshot()
-    assert look is not None
-    return look()["default"]
+    positions = cp._positions.snapshot()
+    assert positions is not None
+    return positions["default"]
 
 
 class WithState:

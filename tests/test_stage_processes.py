@@ -100,6 +100,8 @@ def test_a_pipeline_killed_in_the_middle_of_a_stage_goes_on_with_that_stage(star
             wait_for_note(f"{dies_in} begins")
             Path("notes").write_text("")
             process.send_signal(signal.SIGKILL)
+        begun = CheckpointManager().status()[-1]
+        assert (begun.name, begun.state, begun.pid) == (dies_in, "begun", process.pid)
     process = start(PIPELINE, "none")  # the dead ones block nobody
     assert end(process).strip() == "['third', ['second', ['first']]]"
     assert notes() == ["third begins"]

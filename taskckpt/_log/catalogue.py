@@ -7,9 +7,11 @@ whatever no good page says is read from the records themselves.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -21,7 +23,7 @@ from taskckpt._log import records as _records
 from taskckpt._log.history import Damaged, LogMoved, LogReader, Survey, View
 from taskckpt._log.records import Commit, Stored
 from taskckpt._operation import Stop, ordered_map
-from taskckpt.errors import CorruptCheckpointError, NotFoundError, UnavailableError
+from taskckpt.errors import CorruptCheckpointError, NotFoundError, UnavailableError, UnsupportedFormatError
 
 logger = logging.getLogger("taskckpt")
 
@@ -94,9 +96,10 @@ def retained(reader: LogReader, view: View, newest: Commit) -> Retained:
     slots |= {slot for slot in view.slots if newest.floor <= slot < newest.stamp.slot}
     commits = {newest.stamp.slot: newest}
     if newest.catalogued.through and len(slots) > FEW_RECORDS:
-        for page in _pages(reader, slots):
+        ascending = sorted(slots)
+        for page in _pages(reader, ascending):
             commits |= {one.stamp.slot: one for one in page.commits if one.stamp.slot in slots}
-            slots -= set(range(page.first, page.last + 1))
+            slots.difference_update(_among(ascending, page.first, page.last))
     damaged: list[Damaged] = []
     for records in reader.read_slots(view, sorted(slots)):
         for found in records:
@@ -135,24 +138,25 @@ def next_page(reader: LogReader, view: View, newest: Commit, through: int, known
     return Page(first, page[-1].stamp.slot, tuple(page)) if page else None
 
 
-def _pages(reader: LogReader, slots: Collection[int]) -> Iterable[Page]:
-    """The good pages that say something about these slots."""
-    wanted = [name for name in reader.store.list_below(INDEX).names if _is_about(name, slots)]
-    for page in ordered_map(lambda name: _read_page(reader, name), wanted, threads=READ_THREADS):
+def _pages(reader: LogReader, slots: Sequence[int]) -> Iterable[Page]:
+    """The good pages that say something about these slots, which ascend."""
+    spans = {name: span for name in reader.store.list_below(INDEX).names if (span := parse_page_name(name)) is not None}
+    wanted = [name for name, span in spans.items() if _among(slots, *span)]
+    for page in ordered_map(lambda name: _read_page(reader, name, spans[name]), wanted, threads=READ_THREADS):
         if page is not None:
             yield page
 
 
-def _is_about(name: str, slots: Collection[int]) -> bool:
-    span = parse_page_name(name)
-    return span is not None and any(span[0] <= slot <= span[1] for slot in slots)
+def _among(slots: Sequence[int], first: int, last: int) -> Sequence[int]:
+    """Those of some ascending slots that a page is about."""
+    return slots[bisect.bisect_left(slots, first) : bisect.bisect_right(slots, last)]
 
 
-def _read_page(reader: LogReader, name: str) -> Page | None:
+def _read_page(reader: LogReader, name: str, span: tuple[int, int]) -> Page | None:
     key = f"{INDEX}/{name}"
     try:
-        return decode_page(reader.store.read(key), uri=f"{reader.store.uri}/{key}")
-    except (CorruptCheckpointError, NotFoundError) as error:
+        return decode_page(reader.store.read(key), span, uri=f"{reader.store.uri}/{key}")
+    except (CorruptCheckpointError, UnsupportedFormatError, NotFoundError) as error:
         logger.info("A page of the index is no use; the records themselves are read: %s", error)
         return None
 
@@ -164,24 +168,29 @@ def encode_page(page: Page) -> bytes:
     return body + json.dumps(end).encode() + b"\n"
 
 
-def decode_page(data: bytes, *, uri: str) -> Page:
-    """A page.
+def decode_page(data: bytes, span: tuple[int, int], *, uri: str) -> Page:
+    """The page whose name gives these first and last slots.
 
     Raises:
-        CorruptCheckpointError: It is damaged.
+        CorruptCheckpointError: It is damaged, or says what cannot be.
         UnsupportedFormatError: A newer taskckpt wrote it.
     """
     lines = data.splitlines(keepends=True)
     try:
         end = json.loads(lines[-1])
-        first, last, digest = end["first"], end["last"], end["blake3"]
-    except (IndexError, ValueError, KeyError, TypeError) as error:
+        told, digest = (end["first"], end["last"]), end["blake3"]
+    except (IndexError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptCheckpointError("A page of the index is cut short.", uri=uri) from error
     if blake3(b"".join(lines[:-1])).hexdigest() != digest:
         raise CorruptCheckpointError("A page of the index is damaged: its digest does not fit.", uri=uri)
-    pairs = [b"".join(pair) for pair in zip(lines[:-1:2], lines[1:-1:2], strict=True)]
-    commits = [_records.decode(pair, slot=None, uri=uri) for pair in pairs]
-    return Page(first, last, tuple(commit for commit in commits if isinstance(commit, Commit)))
+    pairs = [b"".join(lines[index : index + 2]) for index in range(0, len(lines) - 1, 2)]
+    records = [_records.decode(pair, slot=None, uri=uri) for pair in pairs]
+    commits = tuple(record for record in records if isinstance(record, Commit))
+    slots = [span[0] - 1, *(commit.stamp.slot for commit in commits)]
+    ascends = all(before < slot for before, slot in itertools.pairwise(slots))
+    if told != span or len(commits) != len(records) or not ascends or slots[-1] != span[1]:
+        raise CorruptCheckpointError("A page of the index is not about the slots that its name gives.", uri=uri)
+    return Page(*span, commits)
 
 
 def without_inline(commit: Commit) -> Commit:
@@ -203,8 +212,9 @@ def write_page(reader: LogReader, page: Page, nonce: str, stop: Stop) -> None:
 def dead_pages(names: Iterable[str], newest: Commit) -> list[str]:
     """Keys of the pages that say nothing about what is retained."""
     spans = {name: span for name in names if (span := parse_page_name(name)) is not None}
+    kept = sorted(newest.kept)
     return [
         f"{INDEX}/{name}"
         for name, (first, last) in spans.items()
-        if last < newest.floor and not any(first <= slot <= last for slot in newest.kept)
+        if last < newest.floor and not _among(kept, first, last)
     ]

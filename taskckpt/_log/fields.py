@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeAlias, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 # What any reader of JSON takes for the number that it is.
 HIGHEST_NUMBER = 2**53 - 1
@@ -17,8 +17,6 @@ DEEPEST = 128
 # One for each rollback since the lowest retained commit.
 MOST_SPANS = 100_000
 
-# Ranges of slots, first and last.
-Spans: TypeAlias = tuple[tuple[int, int], ...]
 ValueT = TypeVar("ValueT")
 
 
@@ -30,25 +28,25 @@ def parse_object(line: bytes) -> dict[str, Any]:
     """A JSON object. Python would also take NaN, and numbers that become infinite.
 
     Raises:
-        ValueError: It is none.
+        Malformed: It is none.
     """
     try:
         body = _JSON.decode(line.decode("utf-8"))  # given bytes, json would guess UTF-16 too
-    except RecursionError as error:
-        raise ValueError("nested too deep") from error
+    except (ValueError, RecursionError) as error:
+        raise Malformed("it is no JSON") from error
     if not isinstance(body, dict):
-        raise ValueError("not an object")  # noqa: TRY004 - of the text, not of an argument
+        raise Malformed("it is no object")
     return cast("dict[str, Any]", body)
 
 
 def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON")
+    raise Malformed(f"{text} is no JSON")
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:40]} is too large")
+        raise Malformed(f"{text[:40]} is too large")
     return value
 
 
@@ -123,14 +121,14 @@ class Fields:
     def slot_or_uri(self, name: str) -> int | str:
         return self.string(name) if isinstance(self.values.get(name), str) else self.integer(name)
 
-    def spans(self, name: str) -> Spans:
+    def spans(self, name: str) -> tuple[tuple[int, int], ...]:
         """Ranges of numbers, ascending; none if the field is not there."""
         pairs = [] if self.values.get(name) is None else self._typed(name, list)
         if len(pairs) > MOST_SPANS:
             raise Malformed(f"field {name!r} has {len(pairs)} ranges")
         before = 0
         for pair in pairs:
-            if not isinstance(pair, list) or [*map(type, cast("list[Any]", pair))] != [int, int]:
+            if type(pair) is not list or [*map(type, pair)] != [int, int]:
                 raise Malformed(f"field {name!r} is no list of pairs")
             if not before < pair[0] <= pair[1] <= HIGHEST_NUMBER:
                 raise Malformed(f"the ranges in field {name!r} do not ascend")

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 
 from blake3 import blake3
 
-from taskckpt._log.fields import Fields, Malformed, Spans, expect_writable, parse_object
+from taskckpt._log.fields import Fields, Malformed, expect_writable, parse_object
 from taskckpt.errors import CorruptCheckpointError, UnsupportedFormatError
 
 FORMAT = 1
@@ -94,13 +94,17 @@ class Notes:
 
 NO_NOTES = Notes()
 
+# Ranges of slots, first and last.
+Spans: TypeAlias = tuple[tuple[int, int], ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
     """Which commits a commit goes on from: all those before it, but for the ``left_behind``.
 
     Attributes:
-        left_behind: Ranges of slots, first and last, ascending, without overlaps: what was rolled back, or fallen back from.
+        left_behind: Ranges of slots, first and last, ascending without overlaps: what was rolled back, or fallen
+            back from.
         highest_step: The highest step in the lineage, this commit's included; None without steps.
     """
 
@@ -387,7 +391,7 @@ def decode(data: bytes, *, slot: int | None, uri: str) -> Record:
     line = _checked_line(data, uri)
     try:
         body = parse_object(line)
-    except ValueError as error:
+    except Malformed as error:
         raise CorruptCheckpointError("A record is no JSON object.", uri=uri) from error
     slot = body.get("slot") if slot is None else slot
     version = body.get("format")
@@ -398,9 +402,9 @@ def decode(data: bytes, *, slot: int | None, uri: str) -> Record:
             hint="A newer taskckpt wrote it: upgrade this one (pip install -U taskckpt).",
         )
     try:
-        expect_writable(body, line)
         record = _from_body(Fields(body))
         _expect_sense(record)
+        expect_writable(body, line)
     except Malformed as error:
         raise CorruptCheckpointError(f"Record {slot} is malformed: {error}.", uri=uri) from error
     except _Newer as error:
@@ -481,7 +485,7 @@ def _expect_sense(record: Record) -> None:
         raise Malformed(f"its claim cannot lie in slot {claim}")
     match record:
         case Claim() | Join():
-            _expect_slots("head", [] if record.head is None else [record.head], slot - 1)
+            _expect_slot("head", record.head, slot - 1)
             _expect_slots("unreadable", record.unreadable, slot - 1)
         case Commit():
             _expect_sense_of_commit(record)
@@ -491,24 +495,26 @@ def _expect_sense(record: Record) -> None:
 
 def _expect_sense_of_commit(commit: Commit) -> None:
     slot, origin = commit.stamp.slot, commit.repeats
-    if commit.floor > slot:
-        raise Malformed(f"its floor cannot be {commit.floor}")
-    _expect_slots("previous", [] if commit.previous is None else [commit.previous], slot - 1)
-    _expect_slots("resumed_from", [commit.resumed_from] if isinstance(commit.resumed_from, int) else [], slot - 1)
+    if commit.floor > slot or commit.catalogued.through >= slot:
+        raise Malformed("its floor, or the end of the index, lies above it")
+    _expect_slot("previous", commit.previous, slot - 1)
+    _expect_slot("resumed_from", commit.resumed_from, slot - 1)
     _expect_slots("kept", commit.kept, commit.floor - 1)
     _expect_slots("left_behind", [last for _, last in commit.lineage.left_behind[-1:]], slot - 1)
     _expect_slots("pinned", commit.pinned, slot)
-    _expect_slots("catalogued", [commit.catalogued.through or 1], slot - 1)
     if origin is not None:
-        _expect_slots("repeats", [origin.slot], slot - 1)
-        _expect_slots(
-            "resumed_from", [origin.resumed_from] if isinstance(origin.resumed_from, int) else [], origin.slot - 1
-        )
+        _expect_slot("repeats.slot", origin.slot, slot - 1)
+        _expect_slot("repeats.resumed_from", origin.resumed_from, origin.slot - 1)
+
+
+def _expect_slot(name: str, value: int | str | None, highest: int) -> None:
+    if isinstance(value, int):
+        _expect_slots(name, [value], highest)
 
 
 def _expect_slots(name: str, slots: Collection[int], highest: int) -> None:
     if slots and not 1 <= min(slots) <= max(slots) <= highest:
-        raise Malformed(f"field {name!r} names slots that are not from 1 to {highest}")
+        raise Malformed(f"field {name!r} names a slot that is not from 1 to {highest}")
 
 
 def _notes_from(checkpoint: Fields) -> Notes:

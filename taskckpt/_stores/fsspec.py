@@ -16,6 +16,7 @@ from taskckpt._stores import (
     AZURE_PROTOCOLS,
     CHUNK_BYTES,
     GCS_PROTOCOLS,
+    LOCAL_PROTOCOLS,
     NO_ROOM,
     S3_PROTOCOLS,
     Listing,
@@ -52,6 +53,9 @@ NATIVE_CREATE = (*S3_PROTOCOLS, *GCS_PROTOCOLS, *AZURE_PROTOCOLS)
 
 # Protocols whose first path component is a bucket: it must exist, it is never created here.
 BUCKET_PROTOCOLS = (*NATIVE_CREATE, "adl", "oss", "r2")
+
+# Those that somebody may have mistyped.
+_USUAL = (*NATIVE_CREATE, *LOCAL_PROTOCOLS, "memory", "hdfs", "sftp", "http", "https")
 
 _EXTRAS = {
     **dict.fromkeys(S3_PROTOCOLS, "taskckpt[s3]"),
@@ -120,11 +124,13 @@ def require_known(location: Location) -> None:
 
     known = fsspec.available_protocols()
     if location.protocol not in known and location.protocol not in fsspec.registry:
-        near = difflib.get_close_matches(location.protocol, known, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(location.protocol, _USUAL, n=3, cutoff=0.5)
         raise UsageError(
             f"Unknown protocol {location.protocol!r}.",
             uri=location.uri,
-            hint=f"Did you mean {', '.join(near)}?" if near else "fsspec.available_protocols() lists those there are.",
+            hint=f"Did you mean {', '.join(f'{one}://' for one in near)}?"
+            if near
+            else "There are s3://, gs://, az://, and those of fsspec's file systems.",
         )
 
 

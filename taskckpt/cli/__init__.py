@@ -40,6 +40,7 @@ class Commands(click.Group):
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **named: Any) -> NoReturn:
         """Runs one command, and ends the process."""
+        _open_closed_streams()
         words = list(sys.argv[1:] if args is None else args)
         as_json, debug = "--json" in words, "--debug" in words
         try:
@@ -49,6 +50,13 @@ class Commands(click.Group):
             tell(error, as_json=as_json, debug=debug)
             code = code_of(error)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _open_closed_streams() -> None:
+    """What was closed (``>&-``) is as ``/dev/null``: a file that is opened later must not get its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open as long as the process
 
 
 @contextlib.contextmanager

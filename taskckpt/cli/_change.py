@@ -17,12 +17,9 @@ from taskckpt._layout import slot_of_record
 from taskckpt._selection import CheckpointInfo
 from taskckpt.cli import _output as out
 from taskckpt.cli._history import history, owner
-from taskckpt.cli._options import agree, pointing, split, whole_number
+from taskckpt.cli._options import agree, pointing, split, whole_number, yes_option
 from taskckpt.cli._targets import Pointer, Task, task_at
 from taskckpt.errors import UsageError
-
-yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask.")
-
 
 STEP = "STEP|URI"
 

@@ -56,6 +56,26 @@ MEANINGS = {
 }
 
 
+# What the package says to whoever calls it from Python, and how the command line says it.
+WORDS = (
+    ("pass replace=True", "add --replace"),
+    ("or call clear() to start over", "or start over: taskckpt clear"),
+    ("or clear() and start over. pin() keeps", "or start over: taskckpt clear. taskckpt pin keeps"),
+    ("Use os.path.expandvars, or write", "Let the shell expand it, or write"),
+    ("(storage_options, or", "(--option, or"),
+    ("in storage_options", "with --option"),
+    ("storage_options do not fit", "--option does not fit"),
+    ("and storage_options", "and --option"),
+)
+
+
+def in_words(text: str) -> str:
+    """A message or hint, in the words of the command line."""
+    for python, words in WORDS:
+        text = text.replace(python, words)
+    return text
+
+
 def code_of(error: BaseException) -> int:
     """The exit code that an error stands for."""
     if isinstance(error, click.exceptions.Exit):
@@ -70,8 +90,9 @@ def code_of(error: BaseException) -> int:
 def described(error: BaseException) -> dict[str, str | None]:
     """An error as ``--json`` says it, on stderr and within a document."""
     if isinstance(error, TaskckptError):
-        message = " ".join((error.message, *getattr(error, "__notes__", ())))
-        return {"error": error.code, "message": message, "uri": error.uri, "hint": error.hint}
+        message = in_words(" ".join((error.message, *getattr(error, "__notes__", ()))))
+        hint = None if error.hint is None else in_words(error.hint)
+        return {"error": error.code, "message": message, "uri": error.uri, "hint": hint}
     if isinstance(error, click.ClickException):
         return {"error": "usage", "message": error.format_message(), "uri": None, "hint": "taskckpt --help"}
     if isinstance(error, (click.Abort, KeyboardInterrupt)):

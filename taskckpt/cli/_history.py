@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from taskckpt._chain import whole
+from taskckpt._layout import folder_name, slot_key
 from taskckpt._log import catalogue
 from taskckpt._log.history import LogMoved, LogReader, View
 from taskckpt._log.records import Claim, Commit
-from taskckpt._selection import CheckpointInfo, infos_of, of_slot, of_step
+from taskckpt._selection import CheckpointInfo, infos_of, of_step
 from taskckpt.cli._output import JSON, age, iso
 from taskckpt.cli._targets import Task
-from taskckpt.errors import CorruptCheckpointError, NotFoundError
+from taskckpt.errors import CorruptCheckpointError, NotFoundError, StepNotFoundError
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,27 @@ class History:
     def stored_bytes(self) -> int:
         """Of all checkpoints."""
         return sum(info.stored_bytes for info in self.infos)
+
+    @property
+    def step(self) -> int | None:
+        """How far the task is: the step of the newest checkpoint that has one and was not left behind."""
+        return next((info.step for info in self.infos if info.step is not None and info.in_lineage), None)
+
+    @functools.cached_property
+    def name(self) -> str:
+        """The task's name or key as it was given, if a record tells: its folder's may be another."""
+        for commit in self.commits.values():
+            about = commit.stamp.about if commit.repeats is None else commit.repeats.about
+            given = about.get("task")
+            if isinstance(given, str) and folder_name(given) == self.task.name:
+                return given
+        return self.task.name
+
+    @property
+    def title(self) -> str:
+        """As ``Task.path``, with the name that was given."""
+        folders, separator, _ = self.task.path.rpartition("/")
+        return f"{folders}{separator}{self.name}"
 
     def of_step(self, step: int) -> CheckpointInfo:
         """The checkpoint of a step: that of the lineage, if there are several.
@@ -58,8 +80,11 @@ class History:
         for info in self.infos:
             if self.commits[info.slot].original == original:
                 return info
-        steps = [one.step for one in self.infos if one.step is not None]
-        raise of_slot(slot).not_among(steps, self.task.uri)
+        raise StepNotFoundError(
+            "This checkpoint was deleted.",
+            uri=f"{self.task.uri}/{slot_key(slot)}",
+            hint=f"Those there are: taskckpt ls {self.task.uri}",
+        )
 
     def commit_of(self, info: CheckpointInfo) -> Commit:
         """The record of one of these checkpoints, with the content that lies in it.

@@ -12,7 +12,7 @@ from taskckpt._layout import DATA
 from taskckpt._selection import CheckpointInfo
 from taskckpt.cli import _output as out
 from taskckpt.cli._exits import code_of, described
-from taskckpt.cli._history import History, history, owner
+from taskckpt.cli._history import History, Owner, history, owner
 from taskckpt.cli._options import pointing, whole_number
 from taskckpt.cli._output import JSON
 from taskckpt.cli._targets import Pointer, Task, in_parallel, task_at, tasks_at
@@ -63,8 +63,15 @@ def _end(looked: list[tuple[Task, History | TaskckptError]]) -> None:
 def _task_fields(task: Task, found: History | TaskckptError, *, checkpoints: bool) -> dict[str, JSON]:
     about: dict[str, JSON] = {"uri": task.uri, "run": task.run, "task": task.name}
     if isinstance(found, TaskckptError):
-        return about | {"count": None, "stored_bytes": None, "newest": None, "damaged": [described(found)]}
+        return about | {
+            "name": None,
+            "count": None,
+            "stored_bytes": None,
+            "newest": None,
+            "damaged": [described(found)],
+        }
     about |= {
+        "name": found.name,
         "count": len(found.infos),
         "stored_bytes": found.stored_bytes,
         "newest": out.checkpoint_fields(found.infos[0]) if found.infos else None,
@@ -82,9 +89,9 @@ def _print_tasks(looked: list[tuple[Task, History | TaskckptError]]) -> None:
         newest = found.infos[0] if found.infos else None
         rows.append(
             (
-                task.path,
+                found.title,
                 len(found.infos),
-                newest and newest.step,
+                found.step,
                 newest and newest.attempt,
                 newest and out.age(newest.time),
                 out.size(found.stored_bytes),
@@ -107,7 +114,7 @@ def _print_checkpoints(found: History) -> None:
                 info.attempt,
                 out.age(info.time),
                 out.size(info.size_bytes),
-                info.kind if info.name is None else f"{info.kind} {info.name}",
+                _kind(info),
                 out.metrics_text(info.metrics),
                 _marks(info.pinned, info.in_lineage),
                 *((info.uri,) if uris else ()),
@@ -117,6 +124,10 @@ def _print_checkpoints(found: History) -> None:
         out.table(("step", "attempt", "saved", "size", "kind", "metrics", "", *(("uri",) if uris else ())), rows)
     for error in found.damaged:
         click.echo(out.plain(f"damaged: {error}"), err=True)
+
+
+def _kind(info: CheckpointInfo) -> str:
+    return info.kind if info.name is None else f"{info.kind} {info.name}"
 
 
 def _marks(pinned: bool, in_lineage: bool) -> str:
@@ -137,28 +148,62 @@ def show(pointer: Pointer, target: str | None, step: str | None, as_json: bool) 
     """
     task, slot = task_at(replace(pointer, target=target))
     found = history(task)
-    if step is not None:
-        content = _about_checkpoint(found, found.of_step(whole_number(step, "--step")))
-    elif slot is not None:
-        content = _about_checkpoint(found, found.of_slot(slot))
+    if step is not None or slot is not None:
+        info = found.of_slot(slot or 0) if step is None else found.of_step(whole_number(step, "--step"))
+        content = _about_checkpoint(found, info)
+        lines = _flat(content) | {"time": out.when(info.time)}
     else:
-        content = _about_task(task, found)
+        holder = owner(task)
+        content = _about_task(task, found, holder)
+        lines = _task_lines(content, found, holder)
     if as_json:
         out.document(content)
     else:
-        out.facts(_flat(content))
+        out.facts(lines)
     if found.damaged and step is None and slot is None:
         raise click.exceptions.Exit(code_of(found.damaged[0]))
 
 
-def _about_task(task: Task, found: History) -> dict[str, JSON]:
-    holder = owner(task)
+def _about_task(task: Task, found: History, holder: Owner | None) -> dict[str, JSON]:
     steps = sorted({info.step for info in found.infos if info.step is not None})
     return _task_fields(task, found, checkpoints=False) | {
         "steps": steps,
         "pinned_steps": sorted({info.step for info in found.infos if info.pinned and info.step is not None}),
         "owner": None if holder is None else holder.fields(),
     }
+
+
+def _task_lines(content: Mapping[str, JSON], found: History, holder: Owner | None) -> dict[str, object]:
+    """The same for people; of the newest checkpoint, what tells how far the task is."""
+    newest = found.infos[0] if found.infos else None
+    lines: dict[str, object] = {
+        "task": found.title,
+        "place": found.task.uri,
+        "checkpoints": f"{len(found.infos)} ({out.size(found.stored_bytes)})",
+        "steps": content["steps"],
+        "pinned steps": content["pinned_steps"],
+    }
+    if newest is not None:
+        attempt = "" if newest.attempt is None else f" by attempt {newest.attempt}"
+        lines |= {
+            "newest": ("no step" if newest.step is None else f"step {newest.step}") + f", {_kind(newest)}",
+            "newest size": out.size(newest.size_bytes),
+            "newest saved": f"{out.when(newest.time)}{attempt}",
+            "newest metrics": out.metrics_text(newest.metrics) or None,
+            "newest metadata": dict(newest.metadata),
+            "newest URI": newest.uri,
+        }
+    if holder is not None:
+        attempt = "an attempt" if holder.attempt is None else f"attempt {holder.attempt}"
+        lines |= {
+            "held by": f"{attempt} (pid {holder.pid} on {holder.host})",
+            "since": out.when(holder.claimed),
+            "last wrote": out.when(holder.wrote),
+            "keeps": holder.keep,
+        }
+    else:
+        lines["held by"] = None
+    return _flat(lines) | {"damaged records": len(found.damaged) or "none"}
 
 
 def _about_checkpoint(found: History, info: CheckpointInfo) -> dict[str, JSON]:
@@ -173,7 +218,7 @@ def _about_checkpoint(found: History, info: CheckpointInfo) -> dict[str, JSON]:
     }
 
 
-def _flat(content: Mapping[str, JSON], above: str = "") -> dict[str, object]:
+def _flat(content: Mapping[str, Any], above: str = "") -> dict[str, object]:
     """One line for each value, for people."""
     lines: dict[str, object] = {}
     for name, value in content.items():
@@ -217,15 +262,15 @@ def du(pointer: Pointer, target: str | None, as_json: bool) -> None:
     """
     tasks = tasks_at(replace(pointer, target=target))
     used = in_parallel(_usage, tasks)
-    total = sum(used, Usage(0, 0, 0, 0))
+    total = sum((one for _, one in used), Usage(0, 0, 0, 0))
     if as_json:
         rows = [
-            {"uri": task.uri, "run": task.run, "task": task.name, **vars(one)}
-            for task, one in zip(tasks, used, strict=True)
+            {"uri": found.task.uri, "run": found.task.run, "task": found.task.name, "name": found.name, **vars(one)}
+            for found, one in used
         ]
         out.document({"tasks": rows, "total": vars(total)})
         return
-    lines = [(task.path, *_sizes(one)) for task, one in zip(tasks, used, strict=True)]
+    lines = [(found.title, *_sizes(one)) for found, one in used]
     lines += [("total", *_sizes(total))] if len(tasks) > 1 else []
     out.table(("task", "payloads", "unreferenced", "log", "size"), lines)
 
@@ -235,13 +280,14 @@ def _sizes(one: Usage) -> tuple[Any, ...]:
     return tuple(map(out.size, (one.payload_bytes, one.unreferenced_bytes, one.log_bytes, total)))
 
 
-def _usage(task: Task) -> Usage:
+def _usage(task: Task) -> tuple[History, Usage]:
     # Listed first: what is committed meanwhile is referred to.
     sizes = task.store.sizes_below("")
-    referenced = {key for commit in history(task).commits.values() for key in commit.keys}
+    found = history(task)
+    referenced = {key for commit in found.commits.values() for key in commit.keys}
     payloads = {key: size for key, size in sizes.items() if key.startswith(f"{DATA}/")}
     used = sum(size for key, size in payloads.items() if key in referenced)
-    return Usage(
+    return found, Usage(
         payload_bytes=used,
         log_bytes=sum(sizes.values()) - sum(payloads.values()),
         unreferenced_bytes=sum(payloads.values()) - used,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,8 +39,8 @@ def pointing(function: F) -> F:
         "--timeout",
         "timeout_s",
         metavar="SECONDS",
-        type=click.FloatRange(min=0, min_open=True),
-        default=300.0,
+        callback=_seconds,
+        default="300",
         show_default=True,
         help="How long one request to the store may take.",
     )
@@ -52,6 +53,16 @@ def pointing(function: F) -> F:
         function(Pointer(None, storage_options=options, **where), **said)
 
     return command  # type: ignore[return-value]
+
+
+def _seconds(_context: click.Context, _parameter: click.Parameter, text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise click.BadParameter(f"{plain(text)!r} must be a number of seconds above 0.")
+    return seconds
 
 
 def _storage_options(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
@@ -79,6 +90,9 @@ def whole_number(text: str, what: str) -> int:
     if not (text.isascii() and text.isdecimal()) or len(text) > 18:
         raise UsageError(f"{what} {plain(text)!r} must be a whole number from 0 on.")
     return int(text)
+
+
+yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 
 
 def agree(what: str, *, yes: bool) -> None:

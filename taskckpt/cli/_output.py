@@ -27,13 +27,27 @@ NUMBERS = frozenset(
 )
 
 
+# Printable, but not seen, or drawn as one with what is before it: terminals disagree how wide that is.
+_UNSEEN = frozenset(
+    map(
+        chr,
+        (
+            *(0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0),  # a joiner, and fillers
+            *range(0xFE00, 0xFE10),  # variants
+            *range(0x1F3FB, 0x1F400),  # colours of skin
+            *range(0xE0100, 0xE01F0),  # more variants
+        ),
+    )
+)
+
+
 def plain(value: object) -> str:
-    r"""Text that a terminal shows and does not obey: what cannot be printed is escaped, line ends too.
+    r"""Text that a terminal shows and does not obey: what cannot be printed or seen is escaped, line ends too.
 
     >>> plain("a" + chr(27) + "[31mred")
     'a\\x1b[31mred'
     """
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in str(value))
+    return "".join(one if one.isprintable() and one not in _UNSEEN else ascii(one)[1:-1] for one in str(value))
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -127,6 +141,11 @@ def age(time: datetime) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit} ago"
     return f"{seconds:.0f} s ago"
+
+
+def when(time: datetime | None) -> str | None:
+    """For people, and exactly: ``3 min ago (2026-11-21T06:23:26.705927Z)``."""
+    return None if time is None else f"{age(time)} ({iso(time)})"
 
 
 def metrics_text(metrics: Mapping[str, float]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -11,7 +12,7 @@ from typing import Any, TypeVar, cast
 from taskckpt import Checkpoint, context
 from taskckpt._layout import LOG, keyed_prefix, parse_slot_name, run_folder, slot_of_record, task_prefix
 from taskckpt._operation import Stop, ordered_map
-from taskckpt._stores import Listing, Location, Store, open_store, parse
+from taskckpt._stores import Listing, Location, Store, is_unset, open_store, parse
 from taskckpt.errors import NotFoundError, UsageError
 
 T = TypeVar("T")
@@ -116,20 +117,40 @@ def _location(pointer: Pointer, *, default_task: bool = False) -> tuple[Location
     if pointer.target is not None:
         if said:
             raise UsageError(f"TARGET says it all: leave out {' and '.join(said)}.")
-        where = parse(pointer.target, what="TARGET")
+        where = parsed(pointer.target, "TARGET")
         slot = slot_of_record(where.path)
+        if slot is None and where.is_local and os.path.isfile(where.path):
+            raise UsageError("TARGET is a file.", uri=where.uri, hint="Name the folder of a base, a run or a task.")
         return (where, None) if slot is None else (Location(where.protocol, _without(where.path, 2)), slot)
     if pointer.key is not None and (pointer.task is not None or pointer.run is not None):
         raise UsageError("A task with a key spans runs: --key goes with neither --task nor --run.")
     current = context.ctx() if default_task and not said else None
     if current is not None:
         return current.place, None
-    base = parse(context.base_and_origin(pointer.base)[0], what="base")
+    base = _base(pointer)
     if pointer.key is not None:
         return base.child(keyed_prefix(pointer.key)), None
     if pointer.task is not None:
         return base.child(task_prefix(context.run_and_origin(pointer.run)[0], pointer.task)), None
     return (base if pointer.run is None else base.child(run_folder(pointer.run))), None
+
+
+def _base(pointer: Pointer) -> Location:
+    if pointer.base is not None:
+        return parsed(pointer.base, "--base")
+    return parse(context.base_and_origin()[0], what="base")
+
+
+def parsed(text: str, what: str) -> Location:
+    """Where a word of the command line points to.
+
+    Raises:
+        UsageError: Nowhere: it is blank, or malformed.
+    """
+    if is_unset(text):
+        blank = "empty" if not text.strip() else f"{text}, which nobody filled in"
+        raise UsageError(f"{what} is {blank}.", hint="Name a path, or a URL such as s3://bucket/runs.")
+    return parse(text, what=what)
 
 
 def _without(path: str, parts: int) -> str:
@@ -148,11 +169,17 @@ def _tasks_below(where: Location, pointer: Pointer) -> list[Task]:
         raise _nothing_there(where, pointer)
     if found == [""]:
         return [Task(where, os.path.basename(where.path), pointer, is_target=True, store=store)]
-    places = [(path, where.child(path)) for path in sorted(found)]
+    places = [(path, where.child(path)) for path in sorted(found, key=_as_counted)]
     return [
         Task(place, path, pointer, is_target=False, store=cast("Store", _Below(store, path, place.uri)))
         for path, place in places
     ]
+
+
+def _as_counted(path: str) -> tuple[list[list[str | int]], str]:
+    """Sorts 2 before 10: text and numbers take turns in each name; text is first, though it be blank."""
+    names = [re.split("([0-9]+)", name) for name in path.split("/")]
+    return [[int(part) if at % 2 else part for at, part in enumerate(parts)] for parts in names], path
 
 
 class _Below:

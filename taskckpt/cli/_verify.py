@@ -32,6 +32,8 @@ class Verified:
     """What came of reading the payloads of one task."""
 
     task: Task
+    title: str
+    name: str | None = None
     checkpoints: int = 0
     checked: int = 0
     checked_bytes: int = 0
@@ -43,6 +45,7 @@ class Verified:
             "uri": self.task.uri,
             "run": self.task.run,
             "task": self.task.name,
+            "name": self.name,
             "count": self.checkpoints,
             "checked": self.checked,
             "checked_bytes": self.checked_bytes,
@@ -85,19 +88,20 @@ def _print(done: Sequence[Verified]) -> None:
             step = f" (step {damage['step']})" if damage["step"] is not None else ""
             click.echo(out.plain(f"damaged: {damage['checkpoint']}{step}: {damage['message']}"), err=True)
     rows = [
-        (one.task.path, one.checkpoints, one.checked, out.size(one.checked_bytes), len(one.damaged) or "none")
+        (one.title, one.checkpoints, one.checked, out.size(one.checked_bytes), len(one.damaged) or "none")
         for one in done
     ]
     out.table(("task", "checkpoints", "checked", "size", "damaged"), rows)
 
 
 def _verified(task: Task, share: float, *, quiet: bool) -> Verified:
-    result = Verified(task)
+    result = Verified(task, task.path)
     try:
         found = history(task)
     except CorruptCheckpointError as error:
         result.damaged.append(_damage(None, error))
         return result
+    result.title, result.name = found.title, found.name
     result.damaged += [_damage(None, error) for error in found.damaged]
     result.checkpoints = len(found.infos)
     for info in _chosen(found.infos, share):
@@ -122,7 +126,7 @@ def _problem(found: History, info: CheckpointInfo, *, quiet: bool) -> TaskckptEr
     """What is wrong with a checkpoint: its payload and the positions that were saved with it are read."""
     try:
         for stored in found.commit_of(info).objects:
-            title = found.task.path if info.step is None else f"{found.task.path} step {info.step}"
+            title = found.title if info.step is None else f"{found.title} step {info.step}"
             with out.bar(title, quiet=quiet) as report:
                 _read_through(found.task, stored, report)
     except (CorruptCheckpointError, NotFoundError) as error:

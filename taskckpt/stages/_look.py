@@ -13,15 +13,21 @@ from taskckpt.stages._versions import Done
 
 @dataclass(frozen=True)
 class Terms:
-    """What a version must have been built from to count. None: that does not matter.
+    """What a version must have been built from to count.
 
     Attributes:
-        fingerprint: The digest of what the caller gave.
-        after: The stages that it comes after.
+        fingerprint: The digest of what the caller gave; None if it gave none.
+        after: The stages that it comes after. None: that does not matter.
+        any_fingerprint: Which one it was does not matter: it is known when the stage runs.
     """
 
     fingerprint: str | None = None
     after: tuple[Stage, ...] | None = None
+    any_fingerprint: bool = False
+
+
+# Of a stage of which the code has said nothing yet.
+UNDECLARED = Terms(any_fingerprint=True)
 
 
 class Look:
@@ -54,11 +60,11 @@ class Look:
             return self._why_outdated(done, terms)
         if stage.folder not in self._reasons:
             self._reasons[stage.folder] = "it comes after itself"  # what who gets here once more will find
-            self._reasons[stage.folder] = self._why_outdated(done, self._declared.get(stage.folder, Terms()))
+            self._reasons[stage.folder] = self._why_outdated(done, self._declared.get(stage.folder, UNDECLARED))
         return self._reasons[stage.folder]
 
     def _why_outdated(self, done: Done, terms: Terms) -> str | None:
-        if terms.fingerprint is not None and terms.fingerprint != done.fingerprint:
+        if not terms.any_fingerprint and terms.fingerprint != done.fingerprint:
             return "its fingerprint changed"
         if terms.after is not None and {one.folder for one in terms.after} != set(done.after):
             return "it comes after other stages now"

@@ -10,7 +10,8 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, ParamSpec, TypeVar, overload
+from typing import Any, ParamSpec, TypeAlias, TypeVar, overload
+from weakref import WeakKeyDictionary
 
 from taskckpt._arguments import Target, checked_notes, checked_options, checked_timeout
 from taskckpt._checkpoint import Checkpoint
@@ -20,10 +21,17 @@ from taskckpt._log.records import Json
 from taskckpt._operation import Stop, ordered_map
 from taskckpt._stores import parse
 from taskckpt._stores.local import translating
-from taskckpt.errors import AmbiguousIdentityError, CorruptCheckpointError, NotFoundError, UsageError, UsageTypeError
+from taskckpt.errors import (
+    AmbiguousIdentityError,
+    CorruptCheckpointError,
+    DeniedError,
+    NotFoundError,
+    UsageError,
+    UsageTypeError,
+)
 from taskckpt.stages import _markers
 from taskckpt.stages._fingerprint import digest_of
-from taskckpt.stages._look import Look, Terms
+from taskckpt.stages._look import UNDECLARED, Look, Terms
 from taskckpt.stages._run import Call, Turns
 from taskckpt.stages._stage import NO_RESULT, SUFFIX, Place, Stage
 from taskckpt.stages._status import StageStatus, State, shown, table
@@ -33,6 +41,9 @@ logger = logging.getLogger("taskckpt")
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# Stages that another one comes after: names, or functions that ``@manager.stage`` gave.
+After: TypeAlias = str | Callable[..., object] | Iterable[str | Callable[..., object]]
 
 # Stages that status() reads at once.
 READ_THREADS = 8
@@ -49,8 +60,9 @@ class CheckpointManager:
 
     Args:
         checkpoint_dir: A folder, a URL, or a ``Checkpoint``, below whose place the stages lie then. They stay until
-            they are cleared here, also when that checkpoint is cleared. In a local folder, the markers of the old
-            manager (``<stage>.checkpoint``) count as done.
+            they are cleared here, also when that checkpoint is cleared. A local folder is made at once; where that
+            is not permitted, stages can be looked at and not saved. In it, the markers of the old manager
+            (``<stage>.checkpoint``) count as done.
         keep: Which results of a stage stay: the newest so many, None for all, or a policy as for ``Checkpoint``.
         storage_options: Passed to the fsspec file system; not with a ``Checkpoint``, which has its own.
         timeout_s: How long one request to the store may take, its retries included; likewise.
@@ -87,10 +99,15 @@ class CheckpointManager:
                 location, checked_options(storage_options), checked_timeout(timeout_s), read_only=False, keep=keep
             )
             if location.is_local:
-                with translating(location.path):
-                    os.makedirs(location.path, exist_ok=True)
+                _make_folder(location.path)
         self._turns = Turns()
+        self._know_nothing()
+
+    def _know_nothing(self) -> None:
         self._declared: dict[str, _Declared] = {}
+        # By folder, what each stage was last said to come after in this process.
+        self._after: dict[str, tuple[Stage, ...]] = {}
+        self._functions: WeakKeyDictionary[Callable[..., object], str] = WeakKeyDictionary()
 
     # --- what is done --------------------------------------------------------------------------
 
@@ -108,7 +125,7 @@ class CheckpointManager:
         """
         stage = self._place.stage(stage_name)
         declared = self._declared.get(stage.folder)
-        terms = Terms() if declared is None else declared.terms
+        terms = UNDECLARED if declared is None else declared.terms
         notes, built_from = _checked_metadata(metadata), self._look().built_from(stage, terms)
         stage.save(stage.take_over(Stop()), NO_RESULT, notes, terms.fingerprint, built_from)
 
@@ -140,7 +157,7 @@ class CheckpointManager:
         logger.info("All checkpoints cleared.")
 
     def status(self) -> list[StageStatus]:
-        """All stages that were ever begun here or are declared by ``@stage``: those in their order, then by time."""
+        """All stages that are done or begun here or declared by ``@stage``: those in their order, then by time."""
         stages, look = self._stages(), self._look()
         for _ in ordered_map(look.record, stages, threads=READ_THREADS):
             pass  # they are read side by side; what they say of each other is looked up below
@@ -148,7 +165,7 @@ class CheckpointManager:
         found = [
             (order.get(stage.folder, len(order)), self._status_of(stage, look))
             for stage in stages
-            if stage.folder in order or look.record(stage).is_something or stage.was_begun()
+            if stage.folder in order or look.record(stage).is_something
         ]
         found.sort(key=lambda one: (one[0], one[1].time or datetime.max.replace(tzinfo=UTC), one[1].name))
         return [status for _, status in found]
@@ -170,7 +187,7 @@ class CheckpointManager:
         /,
         *args: object,
         fingerprint: object = None,
-        after: str | Iterable[str] = (),
+        after: After = (),
         metadata: Mapping[str, Json] | None = None,
         wait_s: float | None = None,
         **kwargs: object,
@@ -180,7 +197,8 @@ class CheckpointManager:
         Given an async function, it gives a coroutine, as calling that would: ``await manager.run("train", train)``.
 
         A result may be what ``save_state`` takes as a value (plain values, containers, arrays), ``bytes``, or the
-        ``Path`` of a file or folder, whose content is stored and restored under its name in a private folder.
+        ``Path`` of a file or folder, whose content is stored and restored under its name in a private folder. A path
+        inside of another value is refused: what it leads to would not be stored.
         Without ``fingerprint`` and ``after``, only the name tells stages apart: arguments do not matter.
 
         Args:
@@ -191,15 +209,16 @@ class CheckpointManager:
             fingerprint: What the result depends on, such as a version of the code and the inputs: a value that a
                 state can hold, or a function that gives one and is called as ``fingerprint(function, *args,
                 **kwargs)``, such as ``fingerprint_of``. If it is not that of the current version, the stage runs
-                again. None: that does not matter.
-            after: The stages that this one builds upon. If one of them has changed since, this one runs again.
+                again. None is a fingerprint like any other: to leave it out where there was one is a change.
+            after: The stages that this one builds upon: names, or functions that ``@manager.stage`` gave. If one of
+                them has changed since, this one runs again.
             metadata: As for ``save_checkpoint``.
             wait_s: If another process takes the stage over meanwhile: wait so many seconds for its result, and give
                 that. None: raise at once.
 
         Raises:
             StaleAttemptError: Another process took the stage over; nothing was saved.
-            UsageError: A stage that it comes ``after`` is not done.
+            UsageError: A stage that it comes ``after`` is not done, or comes after this one.
             UsageTypeError: The result, or the fingerprint, is nothing that can be stored; the stage is not done.
             UnavailableError, StorageFullError, DeniedError: As for ``Checkpoint``.
         """
@@ -232,14 +251,41 @@ class CheckpointManager:
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise UsageTypeError("A generator cannot be a stage: it has given nothing yet when it returns.")
         stage = self._place.stage(stage_name)
-        terms = Terms(options.digest(function), self._after(stage, options.after))
+        terms = Terms(options.digest(function), self._comes_after(stage, options.after))
         return Call(stage, terms, self._look, _checked_metadata(options.metadata), _checked_wait(options.wait_s))
 
-    def _after(self, stage: Stage, names: str | Iterable[str]) -> tuple[Stage, ...]:
-        before = tuple(self._place.stage(name) for name in ((names,) if isinstance(names, str) else names))
+    def _comes_after(self, stage: Stage, given: After) -> tuple[Stage, ...]:
+        """The stages that a stage is said to come after, none of which comes after it."""
+        before = tuple(self._stage_of(one) for one in _as_tuple(given))
         if any(one.folder == stage.folder for one in before):
             raise UsageError(f"Stage {stage!r} cannot come after itself.")
+        pending: list[tuple[Stage, ...]] = [(one,) for one in before]
+        seen = set[str]()
+        while pending:
+            way = pending.pop()
+            if way[-1].folder == stage.folder:
+                circle = ", which comes after ".join(map(repr, way))
+                raise UsageError(
+                    f"Stage {stage!r} comes after {circle}: none can be the first.",
+                    hint="Leave one of them out of after=.",
+                )
+            if way[-1].folder not in seen:
+                seen.add(way[-1].folder)
+                pending.extend((*way, one) for one in self._after.get(way[-1].folder, ()))
+        self._after[stage.folder] = before
         return before
+
+    def _stage_of(self, given: str | Callable[..., object]) -> Stage:
+        """The stage of a name, or of a function that ``stage`` gave."""
+        if not callable(given):
+            return self._place.stage(given)
+        name = self._functions.get(given) if inspect.isfunction(given) else None
+        if name is None:
+            raise UsageTypeError(
+                f"after= has {getattr(given, '__qualname__', repr(given))}, which is no stage of this manager.",
+                hint="Decorate it with @manager.stage, or give the name of a stage.",
+            )
+        return self._place.stage(name)
 
     @overload
     def stage(self, function: Callable[P, R], /) -> Callable[P, R]: ...
@@ -250,7 +296,7 @@ class CheckpointManager:
         *,
         name: str | None = None,
         fingerprint: object = None,
-        after: str | Iterable[str] = (),
+        after: After = (),
         metadata: Mapping[str, Json] | None = None,
         wait_s: float | None = None,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
@@ -261,7 +307,7 @@ class CheckpointManager:
         *,
         name: str | None = None,
         fingerprint: object = None,
-        after: str | Iterable[str] = (),
+        after: After = (),
         metadata: Mapping[str, Json] | None = None,
         wait_s: float | None = None,
     ) -> Any:
@@ -280,7 +326,7 @@ class CheckpointManager:
         """
         if function is not None and not callable(function):
             raise UsageTypeError('stage decorates a function; its options have names: @manager.stage(name="train").')
-        options = _Options(fingerprint, after if isinstance(after, str) else tuple(after), metadata, wait_s)
+        options = _Options(fingerprint, _as_tuple(after), metadata, wait_s)
 
         def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
             stage_name = function.__name__ if name is None else name
@@ -291,12 +337,14 @@ class CheckpointManager:
                 async def async_wrapper(*args: Any, **kwargs: Any) -> Any:
                     return await self._run(stage_name, functools.partial(function, *args, **kwargs), options)
 
+                self._functions[async_wrapper] = stage_name
                 return async_wrapper
 
             @functools.wraps(function)
             def wrapper(*args: Any, **kwargs: Any) -> Any:
                 return self._run(stage_name, functools.partial(function, *args, **kwargs), options)
 
+            self._functions[wrapper] = stage_name
             return wrapper
 
         return decorate if function is None else decorate(function)
@@ -308,8 +356,10 @@ class CheckpointManager:
             raise AmbiguousIdentityError(
                 f"Stage {stage!r} is {known.home} already.", hint="Name one of them: @manager.stage(name=...)."
             )
-        fingerprint = None if callable(options.fingerprint) else options.digest(functools.partial(function))
-        self._declared[stage.folder] = _Declared(stage, home, Terms(fingerprint, self._after(stage, options.after)))
+        with_call = callable(options.fingerprint)
+        fingerprint = None if with_call else options.digest(functools.partial(function))
+        terms = Terms(fingerprint, self._comes_after(stage, options.after), any_fingerprint=with_call)
+        self._declared[stage.folder] = _Declared(stage, home, terms)
 
     def result(self, stage_name: str, version: int | None = None) -> Any:
         """The stored result of a stage, be it out of date; None if it was saved without one. Runs nothing.
@@ -355,6 +405,9 @@ class CheckpointManager:
     def _status_of(self, stage: Stage, look: Look) -> StageStatus:
         record = look.record(stage)
         if record.done is None:
+            if record.begun is not None:
+                begun = record.begun
+                return StageStatus(record.name, "begun", host=begun.host, begun=begun.time, pid=begun.pid)
             state: State = "not done" if record.damage is None else "damaged"
             return StageStatus(record.name, state, reason=record.damage)
         done, reason = record.done, look.why_outdated(stage, record.done)
@@ -373,14 +426,19 @@ class CheckpointManager:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # What functions are declared is known to the process that declared them.
-        return {**self.__dict__, "_declared": {}}
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("_declared", "_after", "_functions")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._know_nothing()  # what functions are declared is known to the process that declared them
 
 
 @dataclass(frozen=True)
 class _Options:
     fingerprint: object
-    after: str | Iterable[str]
+    after: After
     metadata: Mapping[str, Json] | None
     wait_s: float | None
 
@@ -399,6 +457,20 @@ class _Declared:
     stage: Stage
     home: str
     terms: Terms
+
+
+def _as_tuple(after: After) -> tuple[str | Callable[..., object], ...]:
+    """One stage or several, of an iterable that may be gone through only once."""
+    return (after,) if isinstance(after, str) or callable(after) else tuple(after)
+
+
+def _make_folder(path: str) -> None:
+    """At once, as the manager of old did; but looking needs no leave to write."""
+    try:
+        with translating(path):
+            os.makedirs(path, exist_ok=True)
+    except DeniedError as error:
+        logger.info("The folder of the stages cannot be made, so that they can only be looked at: %s", error)
 
 
 def _checked_metadata(metadata: Mapping[str, Json] | None) -> Mapping[str, Json]:

@@ -9,23 +9,32 @@ import platform
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from taskckpt import _workspace, context
+from taskckpt._attempt import Attempt
 from taskckpt._checkpoint import Checkpoint
-from taskckpt._keep import KeepPolicy
-from taskckpt._layout import LOG, folder_name
-from taskckpt._log.records import Json
+from taskckpt._keep import KeepPolicy, policy_of
+from taskckpt._layout import folder_name
+from taskckpt._log import catalogue
+from taskckpt._log.records import Clear, Json
 from taskckpt._operation import Stop
 from taskckpt._selection import CheckpointInfo
 from taskckpt._stores import Location, Store, open_store
-from taskckpt.errors import AmbiguousIdentityError, CorruptCheckpointError, StepNotFoundError, UsageError
+from taskckpt.errors import (
+    AmbiguousIdentityError,
+    CorruptCheckpointError,
+    StepNotFoundError,
+    UsageError,
+    UsageTypeError,
+)
 from taskckpt.stages import _markers
 from taskckpt.stages._fingerprint import naming
 from taskckpt.stages._status import shown
-from taskckpt.stages._versions import Done, notes_of, version_at
+from taskckpt.stages._versions import OURS, Done, name_from_json, name_to_json, notes_of, version_at
 
 logger = logging.getLogger("taskckpt")
 
@@ -36,6 +45,24 @@ _LONGEST_NAME = 10_000
 NO_RESULT = object()
 # What is stored then: something to read for who looks into the store.
 _COMPLETED = b"COMPLETED"
+# Of what a state can hold.
+_CONTAINERS = (Mapping, list, tuple, set, frozenset)
+_HOLD_PATHS = (Path, *_CONTAINERS)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Somebody took the stage over, and has saved nothing yet. Whether that process lives, nobody knows.
+
+    Attributes:
+        name: The stage's name; blank if it does not say.
+        time: Since when, in UTC.
+    """
+
+    name: str
+    time: datetime
+    host: str | None
+    pid: int | None
 
 
 @dataclass(frozen=True)
@@ -47,17 +74,19 @@ class Record:
         done: The current version; None if there is none.
         versions: The numbers of all that can be loaded, ascending.
         damage: Why what is there does not count, or None.
+        begun: Who took it over, if there is no version.
     """
 
     name: str
     done: Done | None = None
     versions: tuple[int, ...] = ()
     damage: str | None = None
+    begun: Begun | None = None
 
     @property
     def is_something(self) -> bool:
-        """Whether there is a version, or something damaged."""
-        return self.done is not None or self.damage is not None
+        """Whether there is anything. A stage that was cleared is nothing."""
+        return not (self.done is None and self.damage is None and self.begun is None)
 
 
 @dataclass(frozen=True)
@@ -93,9 +122,9 @@ class Place:
             if folder.endswith(SUFFIX):
                 yield Stage(self, folder.removesuffix(SUFFIX))
 
-    def folders(self, below: str = "") -> list[str]:
-        """The names of the folders here, or in one of them."""
-        return self._store.folders(below)
+    def folders(self) -> list[str]:
+        """The names of the folders here."""
+        return self._store.folders("")
 
     @cached_property
     def _store(self) -> Store:
@@ -154,22 +183,36 @@ class Stage:
     def _record(self, infos: list[CheckpointInfo]) -> Record:
         done, name = version_at(infos[0])
         versions = tuple(sorted({info.step for info in infos if info.step is not None}))
-        if self.name is None and folder_name(name) != self.folder:
-            name = self.folder  # somebody copied it
-        return Record(self.name or name, done, versions)
+        return Record(self._known_as(name), done, versions)
+
+    def _known_as(self, name: str) -> str:
+        """The stage's name, given what the store says; somebody may have copied its folder."""
+        return self.name or (name if folder_name(name) == self.folder else self.folder)
 
     def _without_versions(self) -> Record:
         marker = self._marker()
-        name = self.name or self.folder
         if marker is None:
-            return Record(name)
+            begun = self._begun()
+            return Record(self._known_as("" if begun is None else begun.name), begun=begun)
+        name = self.name or self.folder
         if marker.damage is not None:
             return Record(name, damage=f"{os.path.basename(marker.path)}: {marker.damage}")
         return Record(name, Done(marker.digest, time=marker.time))
 
-    def was_begun(self) -> bool:
-        """Whether anybody ever took it over, be it to no end."""
-        return LOG in self._place.folders(f"{self.folder}{SUFFIX}")
+    def _begun(self) -> Begun | None:
+        """Who has the stage, by the newest record of its log."""
+        reader = self._view._attempt.reader()  # noqa: SLF001 - only looks
+        newest = catalogue.beginning(reader).newest
+        if newest is None or isinstance(newest, Clear):
+            return None
+        about = newest.stamp.about
+        ours, host, pid = about.get(OURS), about.get("host"), about.get("pid")
+        return Begun(
+            name_from_json(ours) if isinstance(ours, dict) else "",
+            _time_of(newest.stamp.time),
+            host if isinstance(host, str) else None,
+            pid if isinstance(pid, int) else None,
+        )
 
     def _marker(self) -> _markers.Marker | None:
         name, folder = self.name or self.folder, self._place.folder
@@ -223,14 +266,15 @@ class Stage:
             return attempt
 
     def _checkpoint(self, *, read_only: bool) -> Checkpoint:
-        dest = Path(self.location.path) if self.location.is_local else self.location.uri
-        return Checkpoint(
-            dest,
-            keep=self._place.keep,
-            storage_options=self._place.storage_options,
+        attempt = Attempt(
+            self.location,
+            policy=policy_of(self._place.keep),
+            storage_options=dict(self._place.storage_options),
             timeout_s=self._place.timeout_s,
             read_only=read_only,
+            about=None if self.name is None else {OURS: name_to_json(self.name)},
         )
+        return Checkpoint._with(attempt)  # noqa: SLF001 - an attempt that says which stage it is at
 
     def save(
         self,
@@ -260,6 +304,7 @@ class Stage:
             elif type(result) is bytes or isinstance(result, Path):
                 attempt.save_sync(result, step=number, metadata=notes)
             else:
+                _expect_no_files(result, f"the result of stage {self!r}")
                 attempt.save_state_sync({"result": result}, step=number, metadata=notes)
         logger.info("Checkpoint saved: %s", self)
 
@@ -269,6 +314,47 @@ class Stage:
         self._checkpoint(read_only=self._place.read_only).clear_sync()
         if marker is not None and marker.ours:
             marker.remove()
+
+
+def _expect_no_files(result: object, what: str) -> None:
+    """Refuses paths inside of a result: of what they lead to, nothing would be stored.
+
+    Raises:
+        UsageTypeError: There is one; the message says where.
+    """
+    pending: list[tuple[object, str]] = [(result, what)]
+    seen: set[int] = set()  # what contains itself is refused elsewhere
+    while pending:
+        container, place = pending.pop()
+        for one, key in _inside_of(container):
+            where = f"{place}{key}"
+            if isinstance(one, Path):
+                raise UsageTypeError(
+                    f"{where} is a path, and what it leads to would not be stored.",
+                    hint="Return the Path itself; or its text, if only the name is meant: str(path).",
+                )
+            if isinstance(one, _CONTAINERS) and id(one) not in seen:
+                seen.add(id(one))
+                pending.append((one, where))
+
+
+def _inside_of(container: object) -> Iterator[tuple[object, str]]:
+    """What a container holds, and where, as text; of that, only what may be or hold a path."""
+    if isinstance(container, Mapping):
+        yield from ((one, f": the key {one!r}") for one in container if isinstance(one, _HOLD_PATHS))
+        yield from ((one, f"[{key!r}]") for key, one in container.items() if isinstance(one, _HOLD_PATHS))
+    elif isinstance(container, (list, tuple)):
+        yield from ((one, f"[{index}]") for index, one in enumerate(container) if isinstance(one, _HOLD_PATHS))
+    elif isinstance(container, (set, frozenset)):
+        yield from ((one, f": the element {one!r}") for one in container if isinstance(one, _HOLD_PATHS))
+
+
+def _time_of(text: str) -> datetime:
+    """Nothing is decided from it, so one that cannot be read is no reason to fail."""
+    try:
+        return datetime.fromisoformat(text).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return datetime.min.replace(tzinfo=UTC)
 
 
 def _user() -> str:

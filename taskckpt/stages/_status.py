@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from taskckpt._log.records import Json
 
-State: TypeAlias = Literal["done", "not done", "out of date", "damaged"]
+State: TypeAlias = Literal["done", "begun", "not done", "out of date", "damaged"]
 
 # Longer names and metadata are cut in tables and log lines.
 _SHOWN = 60
@@ -21,13 +21,12 @@ class StageStatus:
     """A stage, as it is now.
 
     Attributes:
-        name: As it was given. Of a stage that was begun and never done, the name of its folder if nobody here
-            knows better.
-        state: ``done``; ``not done``: never, cleared, under way or killed; ``out of date``: it was built from
-            something that has changed since; ``damaged``: what marks it as done cannot be read. All but ``done``
-            run again.
+        name: As it was given; the name of its folder where the store does not say.
+        state: ``done``; ``begun``: somebody took it over and has saved nothing yet, so it runs, has failed or was
+            killed; ``not done``; ``out of date``: it was built from something that has changed since; ``damaged``:
+            what marks it as done cannot be read. All but ``done`` run again.
         time: When it was saved, in UTC.
-        host, user: Where, and by whom.
+        host, user: Where, and by whom. Of one that is begun: the host of that process.
         attempt: Which attempt of its ``@task``, if it ran in one.
         metadata: What the caller said.
         versions: The numbers of the results that can be loaded, ascending; the last one is the current one,
@@ -35,6 +34,8 @@ class StageStatus:
         version: The number of the current one; None for a marker of the old manager.
         size_bytes: Of the result.
         reason: Why it is out of date or damaged.
+        begun: Since when it is begun, in UTC.
+        pid: Which process began it.
     """
 
     name: str
@@ -48,6 +49,8 @@ class StageStatus:
     version: int | None = None
     size_bytes: int | None = None
     reason: str | None = None
+    begun: datetime | None = None
+    pid: int | None = None
 
 
 def table(stages: Sequence[StageStatus]) -> str:
@@ -61,14 +64,24 @@ def table(stages: Sequence[StageStatus]) -> str:
 def _cells(stage: StageStatus) -> tuple[str, ...]:
     return (
         shown(stage.name),
-        stage.state if stage.reason is None else f"{stage.state}: {stage.reason}",
+        _state(stage),
         "" if stage.version is None else str(stage.version),
-        "" if stage.time is None else stage.time.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S"),
+        "" if stage.time is None else _time(stage.time),
         "" if stage.size_bytes is None else _size(stage.size_bytes),
         "@".join(shown(one) for one in (stage.user, stage.host) if one),
         "" if stage.attempt is None else str(stage.attempt),
         shown(", ".join(f"{name}={value}" for name, value in stage.metadata.items())),
     )
+
+
+def _state(stage: StageStatus) -> str:
+    if stage.begun is not None:
+        return f"{stage.state}: {_time(stage.begun)}" + ("" if stage.pid is None else f", pid {stage.pid}")
+    return stage.state if stage.reason is None else f"{stage.state}: {stage.reason}"
+
+
+def _time(time: datetime) -> str:
+    return time.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def shown(text: str) -> str:

@@ -51,7 +51,7 @@ class Done:
 def notes_of(done: Done, name: str) -> dict[str, Json]:
     """The metadata with which a version is saved, its stage's name included."""
     said: dict[str, Json] = {
-        **_name_to_json(name),
+        **name_to_json(name),
         "id": done.id,
         "result": done.has_result,
         "fingerprint": done.fingerprint,
@@ -89,7 +89,7 @@ def version_at(info: CheckpointInfo) -> tuple[Done, str]:
         {key: value for key, value in info.metadata.items() if key != OURS},
         info.size_bytes if has_result else None,
     )
-    return done, _name_from_json(ours)
+    return done, name_from_json(ours)
 
 
 def _ours(info: CheckpointInfo) -> dict[str, Json]:
@@ -101,7 +101,7 @@ def _text(value: Json) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _name_to_json(name: str) -> dict[str, Json]:
+def name_to_json(name: str) -> dict[str, Json]:
     """Names may come from files and variables that are no valid Unicode, which a record must be."""
     try:
         name.encode()
@@ -110,7 +110,8 @@ def _name_to_json(name: str) -> dict[str, Json]:
     return {"name": name}
 
 
-def _name_from_json(ours: Mapping[str, Json]) -> str:
+def name_from_json(ours: Mapping[str, Json]) -> str:
+    """What ``name_to_json`` was given; blank if there is no name."""
     escaped = _text(ours.get("escaped_name"))
     if escaped is None:
         return _text(ours.get("name")) or ""

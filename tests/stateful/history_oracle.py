@@ -96,10 +96,9 @@ class Attempt:
     resumed: str | None = None
     saves: int = 0
 
-    @property
-    def protected(self) -> str | None:
-        """Stays until two own commits exist, so while the second one is not made."""
-        if self.saves >= 1:
+    def protected(self, until: int) -> str | None:
+        """Stays until two own commits exist: so when the second one is made it may go, and no prune drops it before."""
+        if self.saves >= until:
             return None
         return self.resumed or (None if self.position is None else self.position.label)
 
@@ -156,13 +155,16 @@ class Oracle:
     def after_prune(self, attempt: Attempt) -> World:
         if attempt.rules is None or self.kept(attempt) == set(self.world.labels):
             return self.world
-        return self._pruned(self._again(self.world.commits[0], attempt), attempt, attempt.rules)
+        kept, world = self.kept(attempt), self._again(self.world.commits[0], attempt)
+        return replace(world, commits=tuple(one for one in world.shown if one.label in kept))
 
     def kept(self, attempt: Attempt) -> set[str]:
         """What a prune would keep."""
         if attempt.rules is None:
             return set(self.world.labels)
-        return self._staying(self.world, attempt, attempt.rules)
+        ancestors = [one for one in self.world.shown if one.number in self.world.commits[0].ancestors]
+        good = {one.label for one in self.intact(ancestors)[:1]} if self.world.commits else set()
+        return self._staying(self.world, attempt, attempt.rules, until=2) | good
 
     def _next(self, label: str, position: Commit | None) -> Commit:
         self.count += 1
@@ -179,8 +181,8 @@ class Oracle:
         stay = self._staying(world, attempt, rules)
         return replace(world, commits=tuple(one for one in world.shown if one.label in stay))
 
-    def _staying(self, world: World, attempt: Attempt, rules: tuple[Rule, ...]) -> set[str]:
-        protected = {attempt.protected} & set(world.labels)
+    def _staying(self, world: World, attempt: Attempt, rules: tuple[Rule, ...], until: int = 1) -> set[str]:
+        protected = {attempt.protected(until)} & set(world.labels)
         return self._chosen(world.labels, rules) | world.pinned | {one for one in protected if one}
 
     def _chosen(self, newest_first: Sequence[str], rules: Iterable[Rule]) -> set[str]:

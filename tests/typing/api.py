@@ -279,6 +279,12 @@ async def second(rows: list[int]) -> int:
     return len(rows)
 
 
+@manager.stage(after=first)
+def third() -> None: ...
+
+
+manager.run("fourth", len, [1], after=["first", second, third])
+manager.run("fourth", len, [1], after=[7])  # type: ignore[list-item]
 assert_type(first(3), list[int])
 stage_running: Coroutine[Any, Any, int] = second([3])
 first("3")  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from unicodedata import east_asian_width
 
 import pytest
 from click.testing import CliRunner
@@ -141,7 +142,6 @@ def test_a_checkpoint_is_named_by_its_own_uri(train):
         run(verb, train, "1")  # which repeats the newest one in a slot above
         assert run_json("show", Checkpoint(str(train), read_only=True).checkpoints_sync()[0].uri)["step"] == 3
         names_of_it.add(run_json("ls", train)["tasks"][0]["newest"]["uri"])
-    assert len(names_of_it) == 3
     assert {run_json("show", uri)["step"] for uri in names_of_it} == {3}
     assert run_json("show", newest.uri)["step"] == 3
     assert run_json("show", oldest.uri)["step"] == 1
@@ -185,6 +185,11 @@ def test_one_task_is_needed_and_several_are_named(base):
         ["ls", "--option", "no-value"],
         ["ls", "s3:/bucket/x"],
         ["ls", "--timeout", "0"],
+        ["ls", "--timeout", "abc"],
+        ["ls", "--timeout", "nan"],
+        ["ls", ""],
+        ["ls", "--base", ""],
+        ["ls", "foo://x"],
         ["ls", "a", "b"],
         ["nonsense"],
         ["pin"],
@@ -220,7 +225,10 @@ def assert_fields(found, expected):
 
 
 def test_the_document_of_ls(base, train):
-    expected = {"uri": str, "run": str, "task": str, "count": int, "stored_bytes": int, "newest": dict, "damaged": list}
+    expected = {
+        "uri": str, "run": str, "task": str, "name": str, "count": int, "stored_bytes": int, "newest": dict,
+        "damaged": list,
+    }  # fmt: skip
     found = run_json("ls", base)
     assert list(found) == ["tasks"]
     for one in found["tasks"]:
@@ -256,10 +264,67 @@ def test_the_tables_of_ls(base, train):
     assert "loss=0.5" in lines[2]
 
 
+def test_runs_are_in_the_order_of_their_numbers(tmp_path):
+    for name in ("run-10/t", "run-2/t", "run-2/t2", "run-2/t10", "x/t", "9/t", "10/t"):
+        saved(tmp_path / "base" / name, steps=(1,))
+    found = [line.split()[0] for line in run("ls", tmp_path / "base").stdout.splitlines()[1:]]
+    assert found == ["9/t", "10/t", "run-2/t", "run-2/t2", "run-2/t10", "run-10/t", "x/t"]
+
+
+def test_ls_shows_the_newest_step_that_there_is(tmp_path):
+    place = tmp_path / "base" / "run" / "task"
+    task = Checkpoint(str(place), keep=10)
+
+    def step_shown():
+        return run("ls", tmp_path / "base").stdout.splitlines()[1].split()[2]
+
+    first = task.save_sync(b"0")
+    assert step_shown() == "-"
+    task.save_sync(b"1", step=1)
+    task.save_sync(b"2")
+    assert step_shown() == "1"
+    run("rollback", first.uri, "--yes")
+    assert step_shown() == "-"  # step 1 was left behind
+
+
+def test_tasks_are_shown_by_the_names_that_they_were_given(tmp_path):
+    base = tmp_path / "base"
+    code = (
+        "import taskckpt; taskckpt.checkpoint(key='Report (EU)').save_sync(b'1'); taskckpt.checkpoint().save_sync(b'1')"
+    )
+    environment = {**os.environ, "TASKCKPT_BASE": str(base), "TASKCKPT_TASK": "Train(lr=0.1)", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=15)
+    saved(base / "local" / "plain", steps=(1,))
+    for verb in ("ls", "du", "verify"):
+        text = run(verb, base).stdout
+        assert [name in text for name in ("by-key/Report (EU) ", "local/Train(lr=0.1) ", "local/plain ")] == [True] * 3
+        found = run_json(verb, base)["tasks"]
+        assert [one["name"] for one in found] == ["Report (EU)", "Train(lr=0.1)", "plain"]
+        assert [one["task"] for one in found] == [Path(one["uri"]).name for one in found]
+    assert re.search(r"^task +Report \(EU\)$", run("show", found[0]["uri"]).stdout, re.MULTILINE)
+    os.rename(found[1]["uri"], base / "local" / "another")
+    assert run_json("show", base / "local" / "another")["name"] == "another"
+
+
+def test_show_tells_people_about_a_task_in_words(train):
+    saved(train, steps=(4,))
+    text = run("show", train).stdout
+    assert "newest.slot" not in text
+    newest = Checkpoint(str(train), read_only=True).checkpoints_sync()[0]
+    for line in (
+        r"task +train", rf"place +{train}", r"checkpoints +4 \(4 B\)", r"steps +1, 2, 3, 4", r"newest +step 4, bytes",
+        r"newest saved +\S.* \(20\d\d-\d\d-\d\dT.*Z\)", r"newest metrics +loss=0\.25", r"newest metadata\.at +4",
+        rf"newest URI +{newest.uri}", rf"held by +an attempt \(pid {os.getpid()} on .*\)", r"last wrote +.*Z\)",
+        r"keeps +latest:10", r"damaged records +none",
+    ):  # fmt: skip
+        assert re.search(rf"^{line}$", text, re.MULTILINE), line
+    assert re.search(r"^time +(just now|\d+ s ago) \(20.*Z\)$", run("show", train, "--step", 4).stdout, re.MULTILINE)
+
+
 def test_the_document_of_show(train):
     expected = {
-        "uri": str, "run": type(None), "task": str, "count": int, "stored_bytes": int, "newest": dict, "damaged": list,
-        "steps": list, "pinned_steps": list, "owner": dict,
+        "uri": str, "run": type(None), "task": str, "name": str, "count": int, "stored_bytes": int, "newest": dict,
+        "damaged": list, "steps": list, "pinned_steps": list, "owner": dict,
     }  # fmt: skip
     found = run_json("show", train)
     assert_fields(found, expected)
@@ -349,6 +414,16 @@ def test_names_of_others_never_reach_the_terminal_raw(hostile, tmp_path):
         assert_harmless(result.stderr)
 
 
+@pytest.mark.parametrize("name", ["\u3164", "\U0001f3f3\ufe0f", "\U0001f44d\U0001f3fd", "\x1b[31m", "a\nb", "日本"])
+def test_a_hostile_name_shifts_no_row(tmp_path, name):
+    for task in (name, "other"):
+        saved(tmp_path / "base" / "run" / task, steps=(1,))
+    lines = run("ls", tmp_path / "base").stdout.splitlines()
+    # By character, as terminals do that join none.
+    ends = [sum(1 + (east_asian_width(one) == "W") for one in line[: line.rindex(" B")]) for line in lines[1:]]
+    assert ends[0] == ends[1]
+
+
 def test_numbers_that_json_has_no_word_for(hostile):
     assert run_json("show", hostile, "--step", 1)["metrics"] == {"lo\x1b[1mss": "nan"}
 
@@ -358,7 +433,7 @@ def test_numbers_that_json_has_no_word_for(hostile):
 
 def test_pull_restores_the_one_that_is_named(train, tmp_path):
     def content(*words):
-        found = run_json("pull", *words, "--replace", "out")
+        found = run_json("pull", *words, "--replace", "--yes", "out")
         assert list(found) == ["task", "checkpoint", "path", "kind", "size_bytes", "time"]
         assert found["path"] == str(tmp_path / "out" / "payload")
         return Path(found["path"]).read_bytes()
@@ -370,7 +445,7 @@ def test_pull_restores_the_one_that_is_named(train, tmp_path):
     assert content(train, "--best", "loss:max") == b"1"
     second = run_json("show", train, "--step", 2)["uri"]
     assert content(second) == b"2"
-    assert run_json("pull", second, "--replace", "out")["checkpoint"] == second
+    assert run_json("pull", second, "--replace", "--yes", "out")["checkpoint"] == second
     run("pin", train, 1)
     assert content(second) == b"2"
     assert "1, 2, 3" in run("pull", train, "--step", 8, "out2", code=3).stderr
@@ -383,8 +458,71 @@ def test_pull_refuses_a_full_folder(train):
     Path("out/mine").write_text("precious")
     assert json.loads(run("pull", train, "out", "--json", code=9).stderr)["error"] == "already-exists"
     assert Path("out/mine").read_text() == "precious"
-    run("pull", train, "out", "--replace")
+    run("pull", train, "out", "--replace", "--yes")
     assert sorted(os.listdir("out")) == ["payload"]
+
+
+def files_below(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("more", [[], ["--replace", "--yes"]])
+def test_a_forgotten_dest_costs_no_checkpoint(base, train, monkeypatch, more):
+    monkeypatch.setenv("TASKCKPT_BASE", str(base))
+    monkeypatch.setenv("TASKCKPT_KEY", "report")
+    before = files_below(base)
+    newest = run_json("show", train)["newest"]["uri"]
+    for word in (train, base, base.parent, newest, Path(newest).as_uri(), "s3://bucket/runs/1/train"):
+        said = run("pull", word, *more, code=2).stderr
+        assert "DEST is missing" in said
+        assert f"taskckpt pull {word} FOLDER" in said
+    assert files_below(base) == before
+    run("pull", "out", *more)
+    assert os.listdir("out") == ["payload"]
+
+
+@pytest.mark.parametrize("dest", ["", "nightly", "nightly/etl", "nightly/etl/log", "nightly/etl/data/a/b", "link"])
+def test_pull_writes_into_no_place_of_any_task(base, train, dest):
+    (base / "link").symlink_to(base / "nightly" / "etl")
+    before = files_below(base)
+    said = run("pull", train, base / dest, "--replace", "--yes", code=2).stderr
+    assert "the place of a task" in said
+    assert files_below(base) == before
+    if dest == "nightly/etl/data/a/b":
+        run("pull", train, base / dest, code=2)
+
+
+def test_what_would_be_replaced_is_searched_to_its_end(train):
+    saved(Path("deep/1/2/3/4/5/6/task"))
+    before = files_below(Path("deep"))
+    assert "contains the place" in run("pull", train, "deep", "--replace", "--yes", code=2).stderr
+    assert files_below(Path("deep")) == before
+
+
+def test_a_log_of_others_keeps_no_folder_from_being_restored_to(train):
+    for folder in ("out/log", "above/log"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "notes.jsonl").write_text("{}")
+    run("pull", train, "out", "--replace", "--yes")
+    run("pull", train, "above/out")
+    assert os.listdir("out") == os.listdir("above/out") == ["payload"]
+
+
+def test_pull_says_what_is_wrong_with_dest(train):
+    Path("file").write_text("mine")
+    for dest, words in (("s3://bucket/x", "folder on this machine"), ("file", "DEST is a file"), ("", "DEST is empty")):
+        assert words in run("pull", train, dest, code=2).stderr
+    Path("full").mkdir()
+    Path("full/mine").write_text("precious")
+    assert "--replace" in run("pull", train, "full", code=9).stderr
+
+
+def test_best_is_min_or_max(tmp_path):
+    Checkpoint(str(tmp_path / "task")).save_sync(b"1", step=1, metrics={"loss": 1, "eval:loss": 1})
+    said = run("pull", tmp_path / "task", "--best", "loss:highest", "out", code=2).stderr
+    assert "--best loss:min" in said
+    assert "--best loss:max" in said
+    run("pull", tmp_path / "task", "--best", "eval:loss", "out")
 
 
 def test_pull_of_nothing_is_an_error(train):
@@ -402,8 +540,8 @@ def test_pull_says_what_it_took_where_the_newest_is_damaged(tmp_path):
     result = run("pull", place, "out", "--json")
     assert json.loads(result.stdout)["checkpoint"] == run_json("show", place, "--step", 1)["uri"]
     assert "damaged" in json.loads(result.stderr)["warning"]
-    assert run("pull", place, "out", "--replace").stderr.startswith("warning: ")
-    run("pull", place, "--step", 2, "out", "--replace", code=4)
+    assert run("pull", place, "out", "--replace", "--yes").stderr.startswith("warning: ")
+    run("pull", place, "--step", 2, "out", "--replace", "--yes", code=4)
 
 
 # --- verify ------------------------------------------------------------------------------------
@@ -425,8 +563,8 @@ def large(tmp_path):
 def test_the_document_of_verify(large):
     found = run_json("verify", large)
     assert list(found) == ["tasks", "damaged"]
-    fields = {"uri": str, "run": type(None), "task": str, "count": int, "checked": int, "checked_bytes": int}
-    assert_fields(found["tasks"][0], fields | {"damaged": list})
+    fields = {"uri": str, "run": type(None), "task": str, "name": str, "count": int, "checked": int}
+    assert_fields(found["tasks"][0], fields | {"checked_bytes": int, "damaged": list})
     assert found["damaged"] == 0
     assert found["tasks"][0]["checked"] == found["tasks"][0]["count"] == 10
     assert found["tasks"][0]["checked_bytes"] > 9 * 70_000
@@ -524,7 +662,8 @@ def test_du_counts_every_byte_once(base, large):
     key = "data/000000000001-0123456789abcdef/00000099-0123456789abcdef"
     (large / key).parent.mkdir()
     (large / key).write_bytes(b"x" * 1234)
-    fields = {"uri": str, "run": str, "task": str, "payload_bytes": int, "log_bytes": int, "unreferenced_bytes": int}
+    fields = {"uri": str, "run": str, "task": str, "name": str}
+    fields |= {"payload_bytes": int, "log_bytes": int, "unreferenced_bytes": int}
     found = run_json("du", base)
     assert list(found) == ["tasks", "total"]
     for one in found["tasks"]:
@@ -534,7 +673,7 @@ def test_du_counts_every_byte_once(base, large):
         assert sum(parts) == sum(path.stat().st_size for path in files)
         assert one["objects"] == len(files)
         assert one["unreferenced_bytes"] == (1234 if one["task"] == "large" else 0)
-    assert list(found["total"]) == [*list(fields)[3:], "objects"]
+    assert list(found["total"]) == [*list(fields)[4:], "objects"]
     assert found["total"]["objects"] == sum(one["objects"] for one in found["tasks"])
     in_objects = sum(one.stored_bytes for one in Checkpoint(str(large), read_only=True).checkpoints_sync())
     assert next(one for one in found["tasks"] if one["task"] == "large")["payload_bytes"] == in_objects
@@ -664,18 +803,21 @@ def test_a_running_task_that_is_rolled_back_or_cleared_ends(tmp_path, words):
 
 # --- asking ------------------------------------------------------------------------------------
 
-DESTRUCTIVE = (["prune", "--keep", "latest:1"], ["rollback", "1"], ["clear"])
+DESTRUCTIVE = (["pull", "full", "--replace"], ["prune", "--keep", "latest:1"], ["rollback", "1"], ["clear"])
 
 
 @pytest.mark.parametrize("words", DESTRUCTIVE, ids=lambda words: words[0])
 def test_without_a_terminal_nobody_is_asked_and_nothing_done(train, words):
     verb, *rest = words
+    Path("full").mkdir()
+    Path("full/mine").write_text("precious")
     before = sorted((train / "log").iterdir())
     done = process(verb, train, *rest)
     assert done.returncode == 2
     assert "--yes" in done.stderr
     assert json.loads(process(verb, train, *rest, "--json").stderr)["error"] == "usage"
     assert sorted((train / "log").iterdir()) == before
+    assert os.listdir("full") == ["mine"]
 
 
 def at_terminal(*words, answer):
@@ -716,6 +858,15 @@ def test_at_a_terminal_it_asks_and_says_who_loses_the_task(train):
     code, _ = at_terminal("clear", train, answer=b"\x03")
     assert code == _exits.INTERRUPTED
     assert steps_of(train) == [1, 2, 3]
+    Path("full").mkdir()
+    Path("full/mine").write_text("precious")
+    code, shown = at_terminal("pull", train, "full", "--replace", answer=b"n\n")
+    assert code == _exits.DECLINED
+    assert "1 entry" in shown
+    assert os.listdir("full") == ["mine"]
+    code, shown = at_terminal("pull", train, "full", "--replace", answer=b"y\n")
+    assert code == 0
+    assert os.listdir("full") == ["payload"]
     code, shown = at_terminal("prune", train, "--keep", "latest:1", answer=b"y\n")
     assert code == 0
     assert steps_of(train) == [3]
@@ -847,6 +998,53 @@ def test_an_error_is_one_line_and_a_traceback_only_if_wanted(base):
     said = process("ls", base / "nowhere", "--debug")
     assert "Traceback" in said.stderr
     assert said.stderr.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["ls", ""], "TARGET is empty"),
+        (["ls", "{{workflow.name}}"], "which nobody filled in"),
+        (["ls", "--base", " "], "--base is empty"),
+        (["ls", "file"], "TARGET is a file"),
+        (["ls", "foo://x"], "There are s3://"),
+        (["ls", "s4://x"], "Did you mean s3://"),
+        (["ls", "--timeout", "abc"], "a number of seconds above 0"),
+        (["ls", "$HOME/x"], "Let the shell expand it"),
+    ],
+)
+def test_hints_are_in_words_of_the_command_line(words, said):
+    Path("file").write_text("mine")
+    text = run(*words, code=2).stderr
+    assert said in text
+    for python in ("os.path", "mean root", "float range", "no place to save to", "fsspec.available", "another base"):
+        assert python not in text
+
+
+def test_all_that_is_damaged_is_told_with_a_command(tmp_path):
+    task = Checkpoint(str(tmp_path / "task"))
+    task.save_sync(os.urandom(70_000), step=1)
+    damage(tmp_path / "task", 1)
+    said = run("pull", tmp_path / "task", "out", code=4).stderr
+    assert "or start over: taskckpt clear" in said
+    assert "clear()" not in said
+
+
+def test_what_is_said_in_other_words_is_said_by_the_package():
+    sources = [path.read_text() for path in (ROOT / "taskckpt").rglob("*.py") if "cli" not in path.parts]
+    assert [python for python, _ in _exits.WORDS if not any(python in source for source in sources)] == []
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_are_no_error(base, train, closed):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for words in (f"ls '{base}'", f"pull '{train}' out --replace --yes"):
+        command = f"'{sys.executable}' -m taskckpt {words} {closed}"
+        done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=15)  # noqa: PLW1510
+        assert (done.returncode, done.stderr) == (0, "")
+    assert os.listdir("out") == ["payload"]
+    command = f"'{sys.executable}' -m taskckpt clear '{train}' {closed}"
+    assert subprocess.run(["bash", "-c", command], env=environment, capture_output=True, timeout=15).returncode == 2  # noqa: PLW1510
 
 
 def test_a_reader_that_leaves_is_no_error(base):

@@ -907,6 +907,37 @@ def test_a_log_that_is_pruned_while_it_is_listed(dest):
     assert not wrong
 
 
+# --- options of a key, and where nothing may be restored to ------------------------------------
+
+
+def test_a_key_takes_options(tmp_path, monkeypatch):
+    monkeypatch.setenv("TASKCKPT_BASE", str(tmp_path))
+    checkpoint = taskckpt.checkpoint("options", keep=1, save_policy=10)
+    assert checkpoint.should_save(10)
+    for step in range(3):
+        checkpoint.save_sync(b"x", step=step)
+    assert checkpoint.steps_sync() == [2]
+    assert taskckpt.checkpoint("options") is checkpoint
+    assert taskckpt.checkpoint("options", keep=1) is checkpoint
+    with pytest.raises(UsageError, match="exists already, with another keep"):
+        taskckpt.checkpoint("options", keep=2)
+    with pytest.raises(UsageTypeError, match=r"no option kep.*There are: keep"):
+        taskckpt.checkpoint("other", kep=2)  # type: ignore[call-arg]
+    with pytest.raises(UsageError, match="belong to a task with a key"):
+        taskckpt.checkpoint(keep=2)
+    fork = taskckpt.checkpoint("options-fork", fork_from=checkpoint.checkpoints_sync()[0])
+    assert fork.load_bytes_sync() == b"x"
+
+
+@pytest.mark.parametrize("inside", ["", "data", "data/deeper"])
+def test_nothing_is_restored_over_another_task(dest, tmp_path, inside):
+    other = tmp_path / "other"
+    saved(other, [1])
+    with pytest.raises(UsageError, match="Checkpoints of a task lie here"):
+        saved(dest, [1]).load_sync(to=other / inside, replace=True)
+    assert Checkpoint(other, read_only=True).steps_sync() == [1]
+
+
 # --- when to save ------------------------------------------------------------------------------
 
 
@@ -936,6 +967,6 @@ def test_a_task_has_a_save_policy_too(tmp_path):
 
 
 def test_a_page_comes_back(dest):
-    commits = catalogue.everything(saved(dest, range(3))._attempt.reader()).commits
+    commits = catalogue.everything(saved(dest, range(3))._attempt.reader()).commits[::-1]
     page = catalogue.Page(1, 4, tuple(map(catalogue.without_inline, commits)))
-    assert catalogue.decode_page(catalogue.encode_page(page), uri="x") == page
+    assert catalogue.decode_page(catalogue.encode_page(page), (1, 4), uri="x") == page

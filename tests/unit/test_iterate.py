@@ -46,6 +46,9 @@ from tests.iterates import (
     stop_at,
 )
 
+# Most of these look at positions alone. Who loads nothing is warned; that has a test of its own.
+pytestmark = pytest.mark.filterwarnings("ignore:The iterate .* and what was saved with it:taskckpt.TaskckptWarning")
+
 # --- commits ---------------------------------------------------------------------------------------
 
 
@@ -211,11 +214,11 @@ def requests():
 
 def test_a_commit_waits_for_no_save_in_the_background(requests):
     cp = attempt()
+    cp.load_sync()
     seen = []
     for item in cp.iterate(TEN, every=2):
         seen.append(item)
         if item == 1:
-            cp.load_sync()
             requests.arrived.clear()
             requests.gate.clear()
             cp.save_later(b"after 1")
@@ -335,18 +338,13 @@ def test_an_attempt_that_was_taken_over_stops_at_its_next_commit():
     assert rest() == [4, 5, 6, 7, 8, 9]
 
 
-def test_clear_in_the_body_of_the_last_item():
+@pytest.mark.parametrize("last", [0, 4])
+def test_a_loop_that_is_left_after_clear_leaves_nothing(last):
     cp = attempt()
     for item in cp.iterate(TEN, every=2):
-        if item == 4:
+        if item == last:
             cp.clear_sync()
             break
-    assert rest() == TEN
-    cp = attempt()
-    cp.clear_sync()
-    for item in cp.iterate(TEN, every=2):
-        if item == 9:
-            cp.clear_sync()
     assert rest() == TEN
 
 
@@ -360,14 +358,259 @@ def test_a_loop_that_was_cleared_begins_anew_in_the_same_process():
     assert list(it) == TEN
 
 
-def test_a_loop_that_goes_on_after_clear_does_so_from_where_it_is():
+@pytest.mark.parametrize("last", [0, 4, 9])
+def test_a_loop_does_not_go_on_after_clear(last):
+    cp, seen = attempt(), []
+
+    def loop():
+        for item in cp.iterate(TEN, every=100):
+            seen.append(item)
+            if item == last:
+                cp.clear_sync()
+
+    with pytest.raises(UsageError, match=r"clear.* while the iterate 'default' was running.*break.*begin it anew"):
+        loop()
+    assert seen == TEN[: last + 1]
+    assert rest() == TEN
+
+
+# --- a load in the body ----------------------------------------------------------------------------
+
+
+def go_back(cp, verb):
+    """To what was saved with item 3."""
+    if verb == "rollback_sync":
+        cp.rollback_sync(3)
+    elif verb == "load":
+        asyncio.run(cp.load(step=3))
+    else:
+        getattr(cp, verb)(step=3)
+
+
+def saved_up_to_5(cp):
+    """A loop that is in the body of item 7, with a save of each item up to 5."""
+    for item in cp.iterate(TEN):
+        if item <= 5:
+            cp.save_state_sync({"seen": TEN[: item + 1]}, step=item)
+        if item == 7:
+            yield item
+
+
+@pytest.mark.parametrize("verb", ["load_sync", "load", "load_state_sync", "rollback_sync"])
+def test_no_save_goes_with_an_item_that_the_task_has_gone_back_from(verb):
     cp = attempt()
-    for item in cp.iterate(TEN, every=100):
-        if item == 4:
-            cp.clear_sync()
-        if item == 6:
+
+    def loop():
+        for _ in saved_up_to_5(cp):
+            go_back(cp, verb)
+            cp.save_state_sync({"seen": [*TEN[:4], 7]})
+
+    with pytest.raises(UsageError, match=r"went back .* while the iterate 'default' was running.*break"):
+        loop()
+    model = loaded(cp)["seen"]
+    if verb == "rollback_sync":
+        assert model + rest(cp=cp) == TEN
+    else:
+        assert model == TEN[:6]  # a load alone changes nothing in the store
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_no_item_comes_after_the_task_went_back(later):
+    cp, seen = attempt(), []
+
+    def loop():
+        for item in cp.iterate(TEN):
+            seen.append(item)
+            cp.save_sync(b"", step=item)
+            if item == 5:
+                go_back(cp, "load_sync")
+                if later:
+                    with pytest.raises(UsageError, match="went back"):
+                        cp.save_later(b"")
+
+    with pytest.raises(UsageError, match="went back"):
+        loop()
+    assert seen == TEN[:6]
+
+
+def test_a_loop_inside_one_that_does_not_go_on_saves_nothing():
+    cp = attempt()
+    for item in cp.iterate(TEN, name="outer"):
+        cp.save_sync(b"", step=item)
+        if item == 5:
+            go_back(cp, "load_sync")
+            for _ in cp.iterate(TEN, name="inner"):
+                with pytest.raises(UsageError, match="while the iterate 'outer' was running"):
+                    cp.save_sync(b"")
+                break
             break
-    assert rest() == [7, 8, 9]
+    assert rest(cp=cp, name="outer") == TEN[4:]
+
+
+def test_an_asynchronous_loop_does_not_go_on_either():
+    async def loop():
+        cp = attempt()
+        async for item in cp.iterate(AsyncSource()):
+            await cp.save(b"", step=item)
+            if item == 5:
+                await cp.load(step=3)
+            assert item < 6
+        pytest.fail("It has gone on.")
+
+    with pytest.raises(UsageError, match="went back"):
+        asyncio.run(loop())
+
+
+@pytest.mark.parametrize("every", [None, 1])
+def test_who_leaves_the_loop_and_begins_it_anew_gets_what_belongs_to_what_was_loaded(every):
+    cp, seen = attempt(), []
+    it = cp.iterate(TEN, every=every)
+    for item in it:
+        seen.append(item)
+        cp.save_state_sync({"seen": seen}, step=item)
+        if item == 5:
+            seen = loaded_at(cp, 3)
+            break
+    for item in it:
+        seen.append(item)
+        cp.save_state_sync({"seen": seen}, step=item, overwrite=True)
+    assert seen == TEN
+    assert loaded(attempt())["seen"] == TEN
+
+
+def loaded_at(cp, step):
+    state = cp.load_state_sync(step=step)
+    assert state is not None
+    return state["seen"]
+
+
+def test_a_load_of_where_the_loop_stands_is_fine():
+    cp = attempt()
+    seen: list[int] = []
+    for item in cp.iterate(TEN, epochs=2):
+        if seen:
+            assert loaded(cp)["seen"] == seen  # of the body before
+        seen.append(item)
+        cp.save_state_sync({"seen": seen})
+        assert loaded(cp)["seen"] == seen  # of this body
+    assert seen == TEN * 2
+    assert rest(epochs=2) == []
+
+
+def test_loops_of_other_threads_are_told_too():
+    cp = attempt()
+    there, here = threading.Barrier(2, timeout=15), threading.Barrier(2, timeout=15)
+    errors = []
+
+    def run():
+        try:
+            for item in cp.iterate(TEN, name="there"):
+                if item == 4:
+                    there.wait()
+                    here.wait()
+        except UsageError as error:
+            errors.append(str(error))
+
+    for item in cp.iterate(TEN, name="here"):
+        if item == 0:
+            cp.save_sync(b"")
+            thread = threading.Thread(target=run)
+            thread.start()
+            there.wait()
+            cp.load_sync()
+            cp.save_sync(b"", metadata={"item": item})  # this one stands where it was
+            here.wait()
+            thread.join()
+    assert len(errors) == 1
+    assert "while the iterate 'there' was running" in errors[0]
+    cp = attempt()
+    assert rest(cp=cp, name="there") == TEN
+    assert rest(cp=cp, name="here") == TEN[1:]
+
+
+# --- what was not loaded ---------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("default::taskckpt.TaskckptWarning")
+def test_who_does_not_load_what_was_saved_is_warned(recwarn):
+    cp = attempt()
+    for item in cp.iterate(TEN):
+        if item == 4:
+            cp.save_sync(b"")
+            break
+    cp = attempt()
+    for _ in cp.iterate(TEN):
+        break
+    for _ in cp.iterate(TEN, name="default"):
+        break
+    assert len(recwarn) == 1
+    warning = recwarn.pop()
+    assert "'default' resumes at item 5 of epoch 0" in str(warning.message)
+    assert "what was saved with it was not loaded" in str(warning.message)
+    assert warning.filename == __file__
+    asyncio.run(collect(TEN))
+    assert recwarn.pop().filename == __file__
+    cp = attempt()
+    assert cp.load_bytes_sync() == b""
+    assert rest(cp=cp) == TEN[5:]
+    assert not rest(TEN, every=100)[5:]  # the effect lies elsewhere then
+    assert rest(range(4), name="new", cp=attempt()) == [0, 1, 2, 3]
+    assert not recwarn.list
+
+
+@pytest.mark.filterwarnings("default::taskckpt.TaskckptWarning")
+def test_nobody_is_warned_who_has_loaded_later_or_gets_no_more_items(recwarn):
+    cp = attempt()
+    for name in ("a", "b"):
+        for item in cp.iterate(TEN, name=name):
+            if item == 4:
+                cp.save_sync(b"")
+                break
+    cp = attempt()
+    break_at_4(cp.iterate(TEN, name="a", every=100))
+    cp.load_sync()
+    assert rest(cp=cp, name="b") == TEN[5:]
+    cp.save_sync(b"")
+    assert rest(name="b") == []
+    assert not recwarn.list
+
+
+@pytest.mark.filterwarnings("default::taskckpt.TaskckptWarning")
+def test_nobody_is_warned_where_only_a_position_was_saved(recwarn):
+    break_at_4(attempt().iterate(TEN))
+    assert rest() == TEN[5:]
+    assert not recwarn.list
+
+
+# --- how many are left -----------------------------------------------------------------------------
+
+
+def test_the_length_is_what_is_left():
+    cp = attempt()
+    it = cp.iterate(TEN, epochs=2)
+    assert len(it) == 20
+    for item in it:
+        assert len(it) == 20 - item
+        if item == 4:
+            break
+    assert len(it) == 15
+    assert len(cp.iterate(dict.fromkeys(range(3)), name="other")) == 3
+    assert [*it] == [*TEN[5:], *TEN]
+    assert len(cp.iterate(TEN, epochs=2)) == 0
+
+
+def test_what_has_no_length_says_so_as_others_do():
+    it = attempt().iterate(lambda: iter(TEN))
+    with pytest.raises(TypeError, match="is not known"):
+        len(it)
+    assert list(it) == TEN
+
+
+def test_what_it_looks_like():
+    assert repr(attempt().iterate(TEN, name="train", shuffle=7, epochs=2)) == (
+        "iterate(list, name='train', length=10, shuffle=7, epochs=2)"
+    )
+    assert repr(attempt().iterate(lambda: TEN)) == "iterate(function, name='default', epochs=1)"
 
 
 class Handlers:
@@ -541,13 +784,46 @@ def committed_part(cp, model):
 # --- names -----------------------------------------------------------------------------------------
 
 
-def test_two_unnamed_iterates_are_refused():
+@pytest.mark.parametrize(
+    ("first", "options"),
+    [(range(10), {}), (TEN[1:], {}), (TEN, {"shuffle": 1}), (TEN, {"fingerprint": 1})],
+    ids=["type", "length", "shuffle", "fingerprint"],
+)
+def test_two_unnamed_iterates_over_different_things_are_refused(first, options):
     cp = attempt()
-    for _ in cp.iterate(TEN):
-        pass
-    with pytest.raises(UsageError, match=r"Two iterates of this task have no name.*name='train'"):
+    for _ in cp.iterate(first, **options):
+        break
+    with pytest.raises(UsageError, match=r"Two iterates.* have no name.*name='train'.*name='default'"):
         for _ in cp.iterate(TEN):
             pass
+
+
+def test_two_unnamed_iterates_over_functions_are_refused_since_nobody_knows_what_they_make():
+    cp = attempt()
+    for _ in cp.iterate(lambda: TEN):
+        break
+    with pytest.raises(UsageError, match=r"Two iterates.* have no name"):
+        next(iter(cp.iterate(lambda: TEN)))
+    for _ in cp.iterate(lambda: TEN, name="default"):
+        break
+    assert rest(lambda: TEN, cp=cp, name="default") == TEN[2:]
+
+
+def test_two_unnamed_iterates_at_the_same_time_are_refused():
+    cp = attempt()
+    for _ in cp.iterate(TEN):
+        with pytest.raises(UsageError, match=r"Two iterates.* have no name"):
+            next(iter(cp.iterate(TEN)))
+
+
+def test_the_same_loop_written_once_more_goes_on():
+    cp = attempt()
+    for item in cp.iterate(TEN):
+        if item == 4:
+            break
+    assert list(cp.iterate(list(TEN))) == TEN[5:]  # a retry further down, or the same cell again
+    with pytest.raises(UsageError, match="has come to its end"):
+        next(iter(cp.iterate(TEN)))
 
 
 def test_who_names_the_default_means_it():
@@ -637,6 +913,103 @@ def test_a_loop_inside_a_loop():
     for outer in again.iterate(["w", "x", "y"], name="outer"):
         seen += [(outer, inner) for inner in again.iterate(TEN, name=f"inner of {outer}")]
     assert seen == [("x", inner) for inner in range(5, 10)] + [("y", inner) for inner in TEN]
+
+
+def nested(cp, dies_at=None, *, saves=False):
+    """What comes of one loop in another, up to where it dies."""
+    seen = []
+    with suppress(Killed):
+        for outer in cp.iterate(list("wxyz"), name="outer"):
+            for inner in cp.iterate(TEN, name="inner"):
+                seen.append((outer, inner))
+                if (outer, inner) == dies_at:
+                    if saves:
+                        cp.save_sync(b"")
+                    raise Killed
+    return seen
+
+
+def test_an_inner_loop_begins_anew_in_each_item_of_the_outer_one():
+    assert len(nested(attempt())) == 40
+
+
+@pytest.mark.parametrize("inner_item", [0, 4, 9])
+def test_an_inner_loop_resumes_in_the_middle_of_the_right_item(inner_item):
+    everything = [(outer, inner) for outer in "wxyz" for inner in TEN]
+    there = everything.index(("x", inner_item))
+    cp = attempt()
+    assert nested(cp, dies_at=("x", inner_item), saves=True) == everything[: there + 1]
+    second = attempt()
+    assert nested(second, dies_at=("y", 3)) == everything[there + 1 : 24]
+    assert nested(attempt()) == everything[there + 1 :]
+
+
+def test_an_inner_loop_that_was_left_is_not_gone_on_with_in_the_next_item():
+    cp, seen = attempt(), []
+    for outer in cp.iterate(["x", "y"], name="outer"):
+        for inner in cp.iterate(TEN[outer == "y" :], name="inner", every=1):  # of another length, too
+            seen.append((outer, inner))
+            if inner == 1:
+                break
+    assert seen == [("x", 0), ("x", 1), ("y", 1)]
+
+
+def test_inner_loops_without_items_are_no_loop_over_nothing():
+    cp = attempt()
+    for outer in cp.iterate(TEN, name="outer"):
+        assert list(cp.iterate(TEN[: outer % 2], name="inner")) == TEN[: outer % 2]
+
+
+def test_three_loops_inside_each_other():
+    everything = list(itertools.product("ab", "c", TEN))
+
+    def run(cp, last=-1):
+        seen = []
+        with suppress(Killed):
+            for a in cp.iterate(["a", "b"], name="1"):
+                for b in cp.iterate(["c"], name="2"):  # has one item: where it stands is the same in both
+                    for c in cp.iterate(TEN, name="3"):
+                        seen.append((a, b, c))
+                        if len(seen) == last:
+                            cp.save_sync(b"")
+                            raise Killed
+        return seen
+
+    assert run(attempt(), 14) == everything[:14]
+    assert run(attempt(), 3) == everything[14:17]
+    assert run(attempt()) == everything[17:]
+
+
+def test_a_loop_that_goes_in_step_with_one_that_was_begun_before_resumes():
+    cp = attempt()
+    left = iter(cp.iterate(TEN, name="left"))
+    next(left)
+    with suppress(Killed):
+        for right in cp.iterate(TEN, name="right"):
+            next(left)
+            if right == 4:
+                cp.save_sync(b"")
+                raise Killed
+    again = attempt()
+    left = iter(again.iterate(TEN, name="left"))
+    assert next(left) == 6
+    assert rest(cp=again, name="right") == TEN[5:]
+
+
+def test_a_load_in_the_inner_body_is_seen_by_both_loops():
+    cp = attempt()
+    for outer in cp.iterate(list("wxyz"), name="outer"):
+        for inner in cp.iterate(TEN, name="inner"):
+            if inner == 4:
+                cp.save_sync(b"", step="wxyz".index(outer))
+                if outer == "y":
+                    cp.load_sync(step=0)
+                    with pytest.raises(UsageError, match="went back"):
+                        cp.save_sync(b"")
+                    break
+        if outer == "y":
+            break
+    assert nested(cp)[:6] == [*(("w", item) for item in TEN[5:]), ("x", 0)]
 
 
 def test_a_save_after_the_inner_loop_counts_the_outer_item():
@@ -756,7 +1129,7 @@ def test_many_threads_with_many_commits():
         assert list(last.iterate(WithState(10), name=str(number))) == [7, 8, 9]
 
 
-def test_a_save_carries_what_other_threads_have_done_when_it_comes_to_the_commit():
+def test_a_save_carries_where_all_loops_are_when_it_is_called():
     cp = attempt()
     items = iter(cp.iterate(TEN))
     next(items)
@@ -766,18 +1139,16 @@ def test_a_save_carries_what_other_threads_have_done_when_it_comes_to_the_commit
     thread.join()
     next(items)
     next(items)
-    here, elsewhere = (look()["default"]["done"] for look in looks)
-    assert here == 1  # where it was in whose body the save began: that is what the payload goes with
-    assert elsewhere == 2  # else a commit of the loop's own, made meanwhile, would be taken back
+    here, elsewhere = (look["default"]["done"] for look in looks)
+    assert here == 1
+    assert elsewhere == 0  # what is done later may be missing in what is saved
 
 
 def test_what_the_store_has_is_learnt_once():
     positions = Positions()
     positions.learn({"a": {"done": 1}})
     positions.learn({"a": {"done": 2}})  # by another thread, which was slower
-    look = positions.snapshot()
-    assert look is not None
-    assert look() == {"a": {"done": 1}}
+    assert positions.snapshot() == {"a": {"done": 1}}
 
 
 def test_a_forked_child_counts_on_its_own():
@@ -968,7 +1339,7 @@ def test_async_for(make):
 def test_an_asynchronous_source_needs_an_asynchronous_loop():
     with pytest.raises(UsageTypeError, match="async for"):
         rest(AsyncSource())
-    with pytest.raises(UsageTypeError, match=r"An? async_generator can be gone over only once"):
+    with pytest.raises(UsageTypeError, match=r"an async_generator: it can be gone over only once"):
         attempt().iterate(ten())
 
 

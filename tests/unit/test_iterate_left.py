@@ -21,6 +21,9 @@ from tests.iterates import (
     stop_at,
 )
 
+# These look at positions alone. Who loads nothing is warned, as test_iterate.py tests.
+pytestmark = pytest.mark.filterwarnings("ignore:The iterate .* and what was saved with it:taskckpt.TaskckptWarning")
+
 
 def by_break(it):
     for item in it:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -43,10 +44,9 @@ texts = st.text(alphabet=st.characters(codec="utf-8"), max_size=20)
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | texts, lambda inner: st.lists(inner) | st.dictionaries(texts, inner)
 )
-claims = st.builds(ClaimId, numbers, nonces, st.lists(nonces, max_size=3).map(tuple))
 digests = st.builds(Digest, numbers, st.binary(min_size=32, max_size=32).map(bytes.hex))
-stamps = st.builds(Stamp, numbers, claims, nonces, nonces, texts, st.dictionaries(texts, plain, max_size=3))
-several = st.lists(numbers, max_size=4).map(tuple)
+fenced = st.lists(nonces, max_size=3).map(tuple)
+abouts = st.dictionaries(texts, plain, max_size=3)
 inline = st.binary(max_size=200) | texts.map(str.encode)
 stored = inline.map(lambda data: Stored(Digest.of(data), inline=data)) | st.builds(
     lambda digest, name: Stored(digest, key=f"data/{name}"), digests, nonces
@@ -60,32 +60,59 @@ contents = st.builds(
     st.none() | st.integers(-(2**63), 2**63 - 1),
     st.none() | numbers,
 )
-heads = st.none() | numbers
 notes = st.builds(
     Notes,
-    heads,
+    st.none() | numbers,
     st.dictionaries(texts, plain, max_size=3),
     st.dictionaries(texts, st.floats(allow_nan=False), max_size=3),
 )
-spans = st.lists(st.tuples(numbers, numbers), max_size=3).map(tuple)
-sources = heads | texts
-origins = st.builds(Origin, numbers, texts, st.dictionaries(texts, plain, max_size=3), sources)
 urls = st.lists(texts, max_size=3).map(tuple)
-commits = st.builds(
-    Commit,
-    *(stamps, contents, stored, heads, sources, numbers, numbers, several, notes),
-    lineage=st.builds(Lineage, spans, heads),
-    pinned=several,
-    repeats=st.none() | origins,
-    positions=st.none() | stored,
-    catalogued=st.builds(Catalogued, numbers, numbers),
-    continues_from=urls,
-)
-records = st.one_of(
-    st.builds(Claim, stamps, heads, several, st.lists(texts, max_size=3).map(tuple)),
-    st.builds(Join, stamps, heads, several),
-    commits,
-    st.builds(Clear, stamps),
+slots = st.integers(2, 10**12 - 1)
+
+
+def some_of(highest: int):
+    """Slots up to one."""
+    return st.lists(st.integers(1, highest), max_size=4).map(tuple) if highest else st.just(())
+
+
+def one_of(highest: int):
+    return st.none() | st.integers(1, highest) if highest else st.none()
+
+
+def stamps(slot: int, claim: st.SearchStrategy[int]):
+    return st.builds(Stamp, st.just(slot), st.builds(ClaimId, claim, nonces, fenced), nonces, nonces, texts, abouts)
+
+
+def joined(slot: int):
+    return stamps(slot, st.integers(1, slot - 1))
+
+
+@st.composite
+def commits_in(draw, slot: int):
+    floor, repeated = draw(st.integers(0, slot)), draw(st.integers(1, slot - 1))
+    ends = sorted(draw(st.sets(st.integers(1, slot - 1), max_size=6)))
+    return draw(
+        st.builds(
+            Commit,
+            *(joined(slot), contents, stored, one_of(slot - 1), one_of(slot - 1) | texts, numbers),
+            *(st.just(floor), some_of(max(floor - 1, 0)), notes),
+            lineage=st.builds(Lineage, st.just(tuple(zip(ends[::2], ends[1::2], strict=False))), st.none() | numbers),
+            pinned=some_of(slot),
+            repeats=st.none() | st.builds(Origin, st.just(repeated), texts, abouts, one_of(repeated - 1) | texts),
+            positions=st.none() | stored,
+            catalogued=st.builds(Catalogued, st.integers(0, slot - 1), numbers),
+            continues_from=urls,
+        )
+    )
+
+
+records = slots.flatmap(
+    lambda slot: st.one_of(
+        st.builds(Claim, stamps(slot, st.just(slot)), one_of(slot - 1), some_of(slot - 1), urls),
+        st.builds(Join, joined(slot), one_of(slot - 1), some_of(slot - 1)),
+        commits_in(slot),
+        st.builds(Clear, joined(slot)),
+    )
 )
 
 
@@ -99,7 +126,7 @@ STAMP = Stamp(
 )
 BYTES = Content("bytes", Digest.of(b"17"))
 EXAMPLES: dict[str, Any] = {
-    "claim": Claim(STAMP, 5, (6, 4), ("s3://bucket/old",)),
+    "claim": Claim(replace(STAMP, claim=replace(STAMP.claim, slot=7)), 5, (6, 4), ("s3://bucket/old",)),
     "join": Join(STAMP, 5, (6,)),
     "commit": Commit(STAMP, BYTES, Stored(Digest.of(b"17"), inline=b"17"), 5, 4, 2, 4, (2,)),
     "commit-file": Commit(
@@ -158,7 +185,7 @@ def test_every_record_comes_back(record):
     assert data.endswith(b"\n")
 
 
-@given(records, numbers)
+@given(records, slots)
 def test_a_record_of_another_slot_is_refused(record, slot):
     if slot == record.stamp.slot:
         return
@@ -443,6 +470,96 @@ def test_a_missing_field_is_refused(name):
         del place[last]
         with pytest.raises(CorruptCheckpointError, match="malformed"):
             pytest.fail(f"without {path}: {read(sealed(body))}")
+
+
+NOT_BELOW = [0, 7, 8, 2**53, 10**30]  # of a record in slot 7
+NONSENSE: dict[str, dict[str, list[Any]]] = {
+    "claim": {"head": NOT_BELOW, "unreadable": [[7], [6, 0], [-1], [10**30]], "claim.slot": [0, 3, 8]},
+    "join": {"head": NOT_BELOW, "unreadable": [[7], [6, 0], [-1]], "claim.slot": NOT_BELOW},
+    "clear": {"claim.slot": NOT_BELOW},
+    "commit-history": {
+        "claim.slot": NOT_BELOW,
+        "previous": NOT_BELOW,
+        "resumed_from": NOT_BELOW,
+        "count": [2**53],
+        "floor": [8, 2, 2**53 - 1, 10**30],  # 2 is kept, and so below the floor
+        "kept": [[7], [2, 0], [-1], [8], [10**30]],
+        "left_behind": [[[5, 7]], [[6, 5]], [[0, 5]], [[1, 2**53 - 1]], [[3, 4], [4, 5]], [[5, 6], [2, 3]], [[-2, -1]]],
+        "highest_step": [2**53],
+        "pinned": [[8], [0], [-1], [10**30]],
+        "repeats.slot": [*NOT_BELOW, 3],  # it resumed from 3
+        "repeats.resumed_from": [0, 4, 10**20],
+        "catalogued.through": [7, 8, 2**53],
+        "catalogued.more": [2**53],
+        "checkpoint.step": [2**53, 10**3000],
+        "checkpoint.content.size": [2**53],
+        "checkpoint.metrics": [{"loss": 10**400}, {"loss": -(10**400)}],
+        "checkpoint.metadata": [{"a": "\ud800"}, {"\udfff": 1}],
+        "checkpoint.stored.size": [2**53],
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "path"), [(name, path) for name, fields in NONSENSE.items() for path in fields])
+def test_what_cannot_be_is_refused_whatever_the_digest_says(name, path):
+    for wrong in NONSENSE[name][path]:
+        body = body_of(name)
+        *parents, last = path.split(".")
+        place = body
+        for parent in parents:
+            place = place[parent]
+        place[last] = wrong
+        with pytest.raises(CorruptCheckpointError, match="malformed"):
+            pytest.fail(f"{path}={wrong!r} gave {read(sealed(body))}")
+
+
+def test_what_can_just_be_is_taken():
+    body = body_of("commit-history")
+    body |= {"previous": 6, "resumed_from": 1, "floor": 7, "kept": [6, 1], "pinned": [7, 1], "count": 2**53 - 1}
+    body |= {"left_behind": [[1, 1], [2, 4], [6, 6]], "catalogued": {"through": 6, "more": 0}}
+    body["repeats"] |= {"slot": 6, "resumed_from": 5}
+    commit = read(sealed(body))
+    assert isinstance(commit, Commit)
+    assert [slot for slot in range(1, 8) if commit.lineage.has(slot)] == [5, 7]
+    assert [slot for slot in range(1, 8) if commit.retains(slot)] == [1, 6, 7]
+
+
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
+@pytest.mark.parametrize("where", ["metrics", "metadata"])
+def test_numbers_that_json_does_not_know(constant, where):
+    body = body_of("commit-history")
+    body["checkpoint"][where] = {"a": 4321.5}
+    assert read(sealed(body)).stamp.slot == 7
+    with pytest.raises(CorruptCheckpointError, match="no JSON object"):
+        read(sealed_line(json.dumps(body).replace("4321.5", constant).encode()))
+
+
+@pytest.mark.parametrize("depth", [100, 126, 127, 600])
+@pytest.mark.parametrize("wrap", [lambda inner: [inner], lambda inner: {"a": inner}])
+def test_what_is_nested_deeply_is_refused_before_python_fails_at_it(depth, wrap):
+    body = body_of("commit-history")
+    value: Any = {}
+    for _ in range(depth - 1):
+        value = wrap(value)
+    body["about"] = {"a": value}
+    if depth < 127:  # the record itself and "about" are two levels
+        assert encode(read(sealed(body)))
+    else:
+        with pytest.raises(CorruptCheckpointError, match="nested"):
+            read(sealed(body))
+
+
+def test_many_ranges_are_refused_and_many_kept_slots_are_found_at_once():
+    slot = 10**6
+    body = body_of("commit-history") | {"slot": slot, "floor": slot, "kept": list(range(slot - 1, 0, -1))}
+    body["left_behind"] = [[one, one] for one in range(1, 200_001, 2)]
+    commit = read(sealed(body), slot=slot)
+    begin = time.process_time()
+    assert sum(commit.retains(one) and commit.lineage.has(one) for one in range(1, 100_001)) == 50_000
+    assert time.process_time() - begin < 5, "each would be looked for among a hundred thousand"
+    body["left_behind"] = [[one, one] for one in range(1, 200_003, 2)]
+    with pytest.raises(CorruptCheckpointError, match="malformed"):
+        read(sealed(body), slot=slot)
 
 
 def test_enough_malformed_ones_were_tried():

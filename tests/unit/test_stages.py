@@ -6,15 +6,17 @@ import asyncio
 import logging
 import os
 import pickle
+import platform
 import shutil
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, assert_type
+from typing import TYPE_CHECKING, Any, assert_type, cast
 
 import numpy as np
 import pytest
@@ -23,10 +25,14 @@ from hypothesis import strategies as st
 
 import taskckpt
 from taskckpt import Checkpoint, StaleAttemptError
+from taskckpt._attempt import Attempt
+from taskckpt._operation import Stop
+from taskckpt._stores import parse
 from taskckpt.errors import (
     AlreadyExistsError,
     AmbiguousIdentityError,
     CorruptCheckpointError,
+    DeniedError,
     NotFoundError,
     StepNotFoundError,
     StorageFullError,
@@ -103,7 +109,49 @@ def test_one_stage_is_cleared_and_the_others_stay(caplog):
     assert said(caplog)[-1] == "Checkpoint cleared: b"
     assert [name for name in "abc" if manager.has_checkpoint(name)] == ["a", "c"]
     manager.clear_checkpoints("never begun")
-    assert states(manager) == {"a": "done", "b": "not done", "c": "done"}
+    assert states(manager) == {"a": "done", "c": "done"}
+
+
+def test_a_cleared_stage_is_listed_only_where_it_is_declared():
+    manager = CheckpointManager()
+    manager.run("a (lr=0.1)", lambda: 1)
+    CheckpointManager().clear_checkpoints()
+    assert manager.status() == []
+    manager.stage(name="a (lr=0.1)")(never)
+    assert states(manager) == {"a (lr=0.1)": "not done"}
+    assert CheckpointManager().run("a (lr=0.1)", lambda: 2) == 2
+    assert states(CheckpointManager()) == {"a (lr=0.1)": "done"}
+
+
+def test_a_stage_that_was_begun_says_by_whom_and_since_when():
+    manager, before = CheckpointManager(), datetime.now(UTC)
+
+    def work() -> None:
+        begun = only(CheckpointManager())  # whoever looks from elsewhere
+        assert (begun.name, begun.state, begun.time, begun.reason) == ("train (lr=0.1)", "begun", None, None)
+        assert (begun.host, begun.pid) == (platform.node(), os.getpid())
+        assert begun.begun is not None
+        assert before <= begun.begun <= datetime.now(UTC)
+        _, line = str(manager).splitlines()
+        assert f"begun: {begun.begun:%Y-%m-%d %H:%M:%S}, pid {os.getpid()}" in line
+        assert platform.node() in line
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        manager.run("train (lr=0.1)", work)
+    assert only(manager).state == "begun"  # nobody can tell whether it still runs
+    assert manager.run("train (lr=0.1)", lambda: 1) == 1  # and looking has taken nothing over
+    assert (only(manager).state, only(manager).begun) == ("done", None)
+
+
+@pytest.mark.parametrize("about", [{}, {"stage": 7}, {"stage": {"name": "b"}, "host": 1, "pid": "x"}])
+def test_what_began_a_stage_and_does_not_say_who_it_is_has_the_name_of_the_folder(about):
+    location = parse("checkpoints/a.stage")
+    attempt = Attempt(location, storage_options={}, timeout_s=10, about={"host": None, "pid": None, **about})
+    with attempt.holding(Stop()):
+        pass
+    status = only(CheckpointManager())
+    assert (status.name, status.state, status.host, status.pid) == ("a", "begun", None, None)
 
 
 def test_it_makes_its_folder_and_looking_makes_nothing_else():
@@ -116,6 +164,20 @@ def test_it_makes_its_folder_and_looking_makes_nothing_else():
     manager.clear_checkpoints("a")
     assert os.listdir("deep/checkpoints") == []
     assert manager.checkpoint_dir == "deep/checkpoints"
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a place where not even root may write")
+def test_where_nothing_can_be_written_stages_can_be_looked_at(caplog):
+    caplog.set_level(logging.INFO, "taskckpt")
+    manager = CheckpointManager("/sys/kernel/taskckpt/checkpoints")
+    assert not manager.has_checkpoint("a")
+    assert manager.status() == []
+    assert str(manager) == "No stages in /sys/kernel/taskckpt/checkpoints."
+    with pytest.raises(NotFoundError, match="No stage has one"):
+        manager.result("a")
+    with pytest.raises(DeniedError):
+        manager.save_checkpoint("a")
+    assert "they can only be looked at" in said(caplog)[0]
 
 
 def test_what_cannot_be_saved_is_an_error_and_not_done():
@@ -152,7 +214,7 @@ def test_pipelines_know_only_their_own_stages_even_inside_of_each_other(caplog):
         assert states(manager) == {"stage_a": "done", "log": "done", "pipeline_1": "done"}
         assert manager.run("stage_a", never) == number
     outer.clear_checkpoints()
-    assert set(states(outer).values()) == {"not done"}
+    assert states(outer) == {}
     assert any(line.startswith("Left alone") and "pipeline_1" in line for line in said(caplog))
     for number, manager in enumerate(inner, 1):
         assert manager.run("stage_a", never) == number
@@ -435,6 +497,30 @@ def test_a_result_that_cannot_be_stored_is_named_by_its_path_and_the_stage_is_no
     assert manager.run("a", lambda: 1) == 1
 
 
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ({"model": Path("big.bin")}, r"\['model'\] is a path"),
+        ([1, (2, [Path("big.bin")])], r"\[1\]\[1\]\[0\] is a path"),
+        ({"all": {"a", Path("big.bin")}}, r"\['all'\]: the element PosixPath\('big.bin'\) is a path"),
+        ({("a", Path("big.bin")): 1}, r": the key \('a', PosixPath\('big.bin'\)\)\[1\] is a path"),
+        (OrderedDict(a=[{1: Path("big.bin")}]), r"\['a'\]\[0\]\[1\] is a path"),
+    ],
+)
+def test_a_path_inside_of_a_result_is_refused_since_its_content_would_be_lost(value, told):
+    manager = CheckpointManager()
+    Path("big.bin").write_bytes(b"weights")
+    with pytest.raises(UsageTypeError, match=rf"result of stage 'a'{told}.*Return the Path itself.*str\(path\)"):
+        manager.run("a", lambda: value)
+    assert not manager.has_checkpoint("a")
+    shared = ["big.bin"]
+    assert manager.run("a", lambda: {"model": "big.bin", "shared": [shared, shared]}) == manager.result("a")
+    loop: list[Any] = []
+    loop.append(loop)
+    with pytest.raises(UsageError, match="contains itself"):
+        manager.run("b", lambda: loop)
+
+
 def test_a_path_to_nothing_is_an_error():
     manager = CheckpointManager()
     with pytest.raises(NotFoundError):
@@ -539,7 +625,6 @@ def test_a_changed_fingerprint_runs_again_and_an_equal_one_does_not():
     for fingerprint in (
         {"version": 1, "inputs": ["a", "b"]},
         {"inputs": ["a", "b"], "version": 1},  # in another order
-        None,  # does not matter
     ):
         CheckpointManager().run("a", function, fingerprint=fingerprint)
         assert function.calls == 1
@@ -551,10 +636,31 @@ def test_a_changed_fingerprint_runs_again_and_an_equal_one_does_not():
         assert function.calls == calls
 
 
-def test_a_stage_that_had_no_fingerprint_and_gets_one_runs_again():
+def test_a_fingerprint_that_comes_or_goes_is_a_change():
     manager = CheckpointManager()
     manager.run("a", lambda: 1)
     assert manager.run("a", lambda: 2, fingerprint="v1") == 2
+    assert manager.has_checkpoint("a")  # who only looks has said nothing of it
+    assert manager.run("a", lambda: 3) == 3
+    assert manager.run("a", never) == 3
+
+
+def test_a_fingerprint_is_known_to_status_unless_it_is_made_from_the_call():
+    CheckpointManager().run("a", lambda: 1, fingerprint="v1")
+    for fingerprint, state in (("v1", "done"), ("v2", "out of date"), (None, "out of date"), (fingerprint_of, "done")):
+        manager = CheckpointManager()
+        manager.stage(name="a", fingerprint=fingerprint)(never)
+        assert states(manager) == {"a": state}
+        assert manager.has_checkpoint("a") is (state == "done")
+
+
+def test_a_mark_by_hand_has_the_fingerprint_that_is_declared():
+    for fingerprint in ("v1", None, fingerprint_of):
+        manager = CheckpointManager()
+        manager.stage(name="a", fingerprint=fingerprint)(never)
+        manager.save_checkpoint("a")
+        assert manager.has_checkpoint("a")
+        assert states(CheckpointManager()) == {"a": "done"}
 
 
 def test_a_fingerprint_may_be_made_from_the_call():
@@ -658,7 +764,8 @@ def test_a_dependent_is_out_of_date_before_it_runs_again():
     with pytest.raises(UsageError, match="'train' comes after 'clean', which is out of date"):
         manager.run("train", never, after=["clean"])
     manager.clear_checkpoints("raw")
-    assert states(manager) == {"raw": "not done", "clean": "out of date", "train": "out of date"}
+    assert states(manager) == {"clean": "out of date", "train": "out of date"}
+    assert manager.status()[0].reason == "raw is not done"
 
 
 def test_a_cleared_stage_that_was_made_again_is_another_one():
@@ -705,8 +812,30 @@ def test_stages_that_come_after_each_other_are_out_of_date():
     manager = CheckpointManager()
     manager.run("a", lambda: 1)
     manager.run("b", lambda: 1, after="a")
-    manager.run("a", lambda: 2, after="b")
+    other = CheckpointManager()
+    other.run("a", lambda: 2, after="b")
     assert set(states(manager).values()) == {"out of date"}
+    with pytest.raises(UsageError, match="Run 'b' first"):
+        other.run("a", never, after="b")
+    with pytest.raises(UsageError, match="'b' comes after 'a', which comes after 'b': none can be the first"):
+        other.run("b", never, after="a")
+
+
+def test_stages_in_a_circle_are_told_so():
+    manager = CheckpointManager()
+    manager.stage(name="a", after="b")(never)
+    manager.run("d", lambda: 1)
+    with pytest.raises(UsageError, match="Run 'c' first"):
+        manager.run("b", never, after=["d", "c"])
+    circle = "'c' comes after 'a', which comes after 'b', which comes after 'c'"
+    with pytest.raises(UsageError, match=circle):
+        manager.run("c", never, after=["a"])
+    with pytest.raises(UsageError, match=circle):
+        manager.stage(name="c", after="a")(never)
+    assert os.listdir("checkpoints") == ["d.stage"]
+    manager.run("c", lambda: 1)
+    manager.run("b", lambda: 1, after=["c", "d"])
+    manager.run("c", never)
 
 
 def test_forged_stages_that_come_after_each_other_end_nowhere():
@@ -804,6 +933,35 @@ def test_what_the_code_declares_is_known_to_status_and_has_checkpoint():
     assert not changed.has_checkpoint("train")
     changed.save_checkpoint("train")
     assert changed.has_checkpoint("train")
+
+
+def test_a_stage_comes_after_functions_that_are_stages():
+    manager = CheckpointManager()
+
+    @manager.stage(name="raw rows")
+    def ingest() -> int:
+        return 1
+
+    @manager.stage
+    async def clean() -> int:
+        return 2
+
+    @manager.stage(after=[ingest, clean])
+    def train() -> int:
+        return 3
+
+    assert (ingest(), asyncio.run(cast("Any", clean())), train()) == (1, 2, 3)
+    assert manager.run("count", lambda: 4, after=ingest) == 4
+    manager.clear_checkpoints("raw rows")
+    assert states(manager) == {
+        "raw rows": "not done",
+        "clean": "done",
+        "train": "out of date",
+        "count": "out of date",
+    }
+    for other in (never, len, CheckpointManager("other").stage(name="other")(never), Counter()):
+        with pytest.raises(UsageTypeError, match=r"no stage of this manager.*Decorate it"):
+            manager.run("a", never, after=[other])
 
 
 def test_two_functions_cannot_be_one_stage():
