@@ -278,7 +278,8 @@ def run_and_origin(run: str | None = None) -> tuple[str, str]:
     return (engine.run or LOCAL_RUN, engine.engine) if engine else (LOCAL_RUN, MADE_UP)
 
 
-def _keyed(key: str, options: Options) -> TaskContext:
+def _keyed(key: str, options: Options | None = None) -> TaskContext:
+    options = options or {}
     if not isinstance(key, str) or not key.strip():
         raise UsageError(f"key={key!r} must be a str that is not blank.")
     if "://" in key:

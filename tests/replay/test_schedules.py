@@ -282,7 +282,7 @@ def _children_with_nonces_of_their_own(patch: pytest.MonkeyPatch) -> None:
 
     def setstate(self: Attempt, state: dict[str, Any]) -> None:
         original(self, state)
-        self._claim_nonce = new_nonce()
+        self.claim_nonce = new_nonce()
 
     patch.setattr(Attempt, "__setstate__", setstate)
 
@@ -386,7 +386,7 @@ def _gone_is_nothing(patch: pytest.MonkeyPatch) -> None:
 
 
 def _nothing_is_protected(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(TaskLog, "protected", None)
+    patch.setattr(TaskLog, "protected", lambda _self, **_options: {})
 
 
 def _own_earlier_save_is_a_rival(patch: pytest.MonkeyPatch) -> None:
