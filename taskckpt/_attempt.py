@@ -306,12 +306,17 @@ class Attempt:
         )
         return commit
 
-    def save_positions(self, look: Callable[[], dict[str, Any]], stop: Stop) -> None:
+    def save_positions(self, look: Callable[[], dict[str, Any]], stop: Stop, *, alone: bool = False) -> None:
         """Commits the positions of iterations, with the last payload again, or with none.
 
-        They are looked at when no other thread can commit any more, which may have later ones of its own.
+        They are looked at when no other thread can commit any more, which may have later ones of its own. ``alone``:
+        not if a payload was saved meanwhile, by a child process, that belongs to another position.
         """
         with self.holding(stop) as log, self._saving():
+            if alone:
+                head = catalogue.beginning(self.reader()).head
+                if isinstance(head, Commit) and head.has_payload:
+                    return
             nonce, positions = new_nonce(), look()
             stored = self._store_positions(positions, partial(log.next_payload_key, nonce), stop)
             if stored is not None:

@@ -40,8 +40,13 @@ class Keeper(Protocol):
         """Those of the checkpoint that it goes on from."""
         ...
 
-    def save_positions(self, look: Callable[[], dict[str, Position]], stop: Stop) -> None:
+    def save_positions(self, look: Callable[[], dict[str, Position]], stop: Stop, *, alone: bool = False) -> None:
         """Commits them, with the last payload again."""
+        ...
+
+    @property
+    def positions(self) -> dict[str, Position]:
+        """Those that were committed or loaded last."""
         ...
 
     @property
@@ -335,6 +340,11 @@ class Loop(Generic[T]):
         """Whether this code runs in the body of the item that is out."""
         return self._is_out and _is_in(_body.get(), self._number, self._item)
 
+    @property
+    def commits_itself(self) -> bool:
+        """Whether ``every=`` was given."""
+        return self._schedule is not None
+
     def position(self) -> Position | None:
         """Where it stands: the item that is out is not done. None if it was overtaken. Other threads call this, too."""
         if self._is_overtaken:
@@ -456,7 +466,9 @@ class Loop(Generic[T]):
         what, (behind, self._behind) = self._what, (self._behind, None)
         try:
             what.attempt.expect_writable("save")
-            what.attempt.save_positions(partial(what.positions.between_items, what.name, behind), stop)
+            committed = what.attempt.positions if what.attempt.has_payload else None
+            look = partial(what.positions.between_items, what.name, behind, committed)
+            what.attempt.save_positions(look, stop, alone=self._schedule is None)
         finally:
             if self._schedule is not None:
                 self._schedule.saved(time.monotonic() - began, None)

@@ -33,6 +33,11 @@ class Running(Protocol):
         """Whether this code runs in its body."""
         ...
 
+    @property
+    def commits_itself(self) -> bool:
+        """Whether its position is committed without a save."""
+        ...
+
     def position(self) -> Position | None:
         """Where it stands: the item that is out is not done. None if it was overtaken. Any thread may ask."""
         ...
@@ -193,17 +198,26 @@ class Positions:
                 hint="Give those that run at the same time different names: cp.iterate(..., name='left').",
             )
 
-    def between_items(self, name: str, position: Position | None) -> dict[str, Position]:
+    def between_items(
+        self, name: str, position: Position | None, committed: Mapping[str, Position] | None
+    ) -> dict[str, Position]:
         """What is committed by a loop itself: no item counts that is out, in whatever body this is.
 
         Args:
             name: Of that loop.
             position: What it has instead of where it stands.
+            committed: What was committed with the payload that is committed again; None if there is none. Other loops
+                stay there that only move on with saves: where they are now belongs to a payload that is to come.
 
         Raises:
             UsageError: As ``snapshot``.
         """
-        now = self._now(self._in_place())
+        running = self._in_place()
+        now = self._now(running)
+        if committed is not None:
+            others = [other for other, loop in running.items() if other != name and not loop.commits_itself]
+            now = {one: where for one, where in now.items() if one not in others}
+            now |= {other: committed[other] for other in others if other in committed}
         return now if position is None else now | {name: position}
 
     def leave(self, name: str, position: Position | None, *, is_committed: bool) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import isnan
-from typing import Any, Never, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Never, TypeAlias, TypeVar
 
 from taskckpt._arguments import checked_metadata, checked_step
 from taskckpt._keep import Mode
@@ -23,7 +23,8 @@ class Said(dict[str, T]):
     def _refuse(self, *_: object, **__: object) -> Never:
         raise UsageTypeError("What was said about a checkpoint cannot be changed.")
 
-    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+    if not TYPE_CHECKING:  # to type checkers it is a dict, and shown as a Mapping
+        __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (dict(self),)

@@ -138,6 +138,7 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     os.umask(0o022)
     context._process.claims.clear()
+    context._process.implicit_base = None  # or it would be the folder of the first test
     for name in os.environ:
         if name.startswith(("AWS_", "AZURE_", "GOOGLE_", "STORAGE_EMULATOR_", "TASKCKPT_")):
             monkeypatch.delenv(name)

@@ -297,7 +297,7 @@ class Stage:
             metadata=metadata,
         )
         notes = notes_of(done, self.name)
-        number = max(attempt.steps_sync(), default=0) + 1
+        number = _newest_version(attempt) + 1
         with naming("result", f"the result of stage {self!r}"):
             if result is NO_RESULT:
                 attempt.save_sync(_COMPLETED, step=number, metadata=notes)
@@ -362,6 +362,14 @@ def _user() -> str:
         return getpass.getuser()
     except (ImportError, KeyError, OSError):  # a container whose user has a number and no name
         return str(os.getuid())
+
+
+def _newest_version(attempt: Checkpoint) -> int:
+    try:
+        return max(attempt.steps_sync(), default=0)
+    except CorruptCheckpointError as error:  # the work is done, and what cannot be read is no reason to throw it away
+        logger.warning("Earlier versions cannot be read, and are not counted: %s", error)
+        return 0
 
 
 def _valid(text: str) -> str:

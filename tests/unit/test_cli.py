@@ -662,7 +662,7 @@ def test_du_counts_every_byte_once(base, large):
     key = "data/000000000001-0123456789abcdef/00000099-0123456789abcdef"
     (large / key).parent.mkdir()
     (large / key).write_bytes(b"x" * 1234)
-    fields = {"uri": str, "run": str, "task": str, "name": str}
+    fields: dict[str, type] = {"uri": str, "run": str, "task": str, "name": str}
     fields |= {"payload_bytes": int, "log_bytes": int, "unreferenced_bytes": int}
     found = run_json("du", base)
     assert list(found) == ["tasks", "total"]

@@ -775,6 +775,19 @@ def test_what_a_child_process_saved_is_no_step_back(dest):
     assert all(one.in_lineage for one in parent.checkpoints_sync())
 
 
+def test_a_loop_that_ends_does_not_claim_what_a_child_saved_in_the_middle(dest):
+    checkpoint = Checkpoint(dest)
+    for item in checkpoint.iterate(range(10)):
+        if item == 5 and (pid := os.fork()) == 0:
+            checkpoint.save_sync(b"after 5")
+            os._exit(0)
+        if item == 5:
+            assert os.waitpid(pid, 0)[1] == 0
+    retry = Checkpoint(dest)
+    assert retry.load_bytes_sync() == b"after 5"
+    assert list(retry.iterate(range(10))) == [6, 7, 8, 9]
+
+
 # --- many --------------------------------------------------------------------------------------
 
 

@@ -10,10 +10,13 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import pytest
 
+from taskckpt import Checkpoint
 from taskckpt._operation import Stop
 from taskckpt.errors import IdentityMismatchError, UsageTypeError
 from taskckpt.testing import intercepted
@@ -243,7 +246,7 @@ class Handler:
         self.save()
 
 
-HANDLERS = {
+HANDLERS: dict[str, Callable[..., Any]] = {
     **{one.__name__: functools.partial(functools.partial, one) for one in
        (rebinding, deleting, renaming, vanishing, deleting_any)},
     "object": Handler,
@@ -331,3 +334,20 @@ def test_a_sequence_that_ends_before_its_length_is_not_complete(error, expected)
 def test_a_fingerprint_that_equals_nothing_is_refused(number, make):
     with pytest.raises(UsageTypeError, match="finite"):
         attempt().iterate(TEN, fingerprint=make(number))
+
+
+def test_every_of_one_loop_does_not_move_another_past_its_payload(tmp_path):
+    """The state of the outer loop is saved each third item; the inner loop commits by itself all the time."""
+    cp, state = Checkpoint(tmp_path), list[int]()
+    for item in cp.iterate(range(9), name="outer"):
+        for _ in cp.iterate(range(4), name="inner", every=1):
+            pass
+        state.append(item)
+        if item in (2, 5):
+            cp.save_state_sync({"state": state})
+        if item == 7:
+            break
+    retry = Checkpoint(tmp_path)
+    found = retry.load_state_sync()
+    assert found == {"state": [0, 1, 2, 3, 4, 5]}
+    assert next(iter(retry.iterate(range(9), name="outer"))) == 6

@@ -1351,3 +1351,13 @@ def test_the_table_and_the_short_form():
     assert [line[column : column + 4] for line in lines] == ["done"] * 3
     with pytest.raises(AttributeError):
         manager.status()[0].name = "other"  # type: ignore[misc]
+
+
+def test_a_stage_whose_versions_cannot_be_read_runs_once_more_and_is_done(tmp_path):
+    CheckpointManager(tmp_path).run("a", lambda: 1)
+    record = min((tmp_path / "a.stage" / "log").iterdir())
+    content = bytearray(record.read_bytes())
+    content[20] ^= 1
+    record.write_bytes(content)
+    assert CheckpointManager(tmp_path).run("a", lambda: 2) == 2
+    assert CheckpointManager(tmp_path).run("a", lambda: 3) == 2

@@ -119,7 +119,7 @@ def test_many_keys_do_not_fill_the_environment():
         context._hand_down_claim(taskckpt.context._keyed(f"item-{number}"))
     claims = os.environ[CLAIMS].split()
     assert len(claims) == MOST_CLAIMS
-    assert claims[-1].endswith(held._attempt._claim_nonce), "the newest stay"
+    assert claims[-1].endswith(held._attempt.claim_nonce), "the newest stay"
 
     @task(retries=0)
     def work():
