@@ -15,7 +15,7 @@ from taskckpt._keep import KeepPolicy
 from taskckpt._layout import DATA, INDEX, claim_of_payload, parse_slot_name, payload_key, slot_key
 from taskckpt._log import catalogue
 from taskckpt._log.catalogue import PAGE_COMMITS
-from taskckpt._log.history import LogMoved, Survey
+from taskckpt._log.history import Damaged, LogMoved, Survey
 from taskckpt._log.records import (
     NO_NOTES,
     Catalogued,
@@ -365,10 +365,13 @@ class TaskLog(SlotWriter):
             return Retention(self._policy, head if isinstance(head, Commit) else None)
         try:
             found = catalogue.retained(self.reader, survey.view, head)
+            above = [one for slot in survey.unreadable for one in self.reader.read_slot(survey.view, slot)]
         except LogMoved:  # a newer attempt, which fences us in a moment, or a sibling, after which we look again
             self._swept = True
             return Retention(self._policy, head, unknown=head.kept)
-        unknown = {*survey.unreadable, *(damaged.slot for damaged in found.damaged)}
+        # One that was never finished, on a disk without hard links, was never acknowledged either.
+        damaged = [one for one in (*above, *found.damaged) if isinstance(one, Damaged) and not one.torn]
+        unknown = {one.slot for one in damaged}
         if unknown:
             self._swept = True  # never delete what we do not know
         older = [Kept.of(commit) for commit in found.commits if commit is not head]

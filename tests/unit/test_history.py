@@ -722,7 +722,7 @@ def test_the_newest_one_is_not_dropped_because_it_could_not_be_read(dest, caplog
     first = saved(dest, [1, 2, 3])
     record = Path(info_of(first, 3).uri)
     content = record.read_bytes()
-    record.write_bytes(b"garbage\n")
+    record.write_bytes(content.replace(b"commit", b"comnit"))
     for step in (10, 11, 12):
         retry = Checkpoint(dest, keep=2)
         retry.load_sync()
