@@ -369,8 +369,8 @@ class TaskLog(SlotWriter):
         except LogMoved:  # a newer attempt, which fences us in a moment, or a sibling, after which we look again
             self._swept = True
             return Retention(self._policy, head, unknown=head.kept)
-        # One that was never finished, on a disk without hard links, was never acknowledged either.
-        damaged = [one for one in (*above, *found.damaged) if isinstance(one, Damaged) and not one.torn]
+        # Above the head, one that was never finished (on a disk without hard links) was never acknowledged either.
+        damaged = [*found.damaged, *(one for one in above if isinstance(one, Damaged) and not one.torn)]
         unknown = {one.slot for one in damaged}
         if unknown:
             self._swept = True  # never delete what we do not know
