@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,6 +140,10 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.umask(0o022)
     context._process.claims.clear()
     context._process.implicit_base = None  # or it would be the folder of the first test
+    memory = sys.modules.get("fsspec.implementations.memory")
+    if memory is not None:  # it lists all that was ever saved in this process, which takes longer and longer
+        memory.MemoryFileSystem.store.clear()
+        memory.MemoryFileSystem.pseudo_dirs[:] = [""]
     for name in os.environ:
         if name.startswith(("AWS_", "AZURE_", "GOOGLE_", "STORAGE_EMULATOR_", "TASKCKPT_")):
             monkeypatch.delenv(name)

@@ -27,7 +27,7 @@ from tests.stateful import history_machine, machine
 WALKS = os.environ.get("TASKCKPT_STATEFUL")
 
 
-@pytest.mark.timeout(150 if WALKS is None else 150 + 2 * int(WALKS))
+@pytest.mark.timeout(400 if WALKS is None else 400 + 2 * int(WALKS))
 @pytest.mark.filterwarnings("ignore:memory... lives in this process only")
 @pytest.mark.parametrize("kind", ["local", "memory"])
 def test_random_histories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
