@@ -247,12 +247,7 @@ class Loop(Generic[T]):
         """Puts the next item into the box; False if there is none."""
         while self._opened is not None:
             item = next(self._items, _END)
-            if item is _END:
-                self._end_epoch(self._opened)
-            elif self._skip:
-                self._skip -= 1
-            else:
-                self._hand_out(item, box)
+            if self._take(item, self._opened, box):
                 return True
         return False
 
@@ -260,13 +255,19 @@ class Loop(Generic[T]):
         """The same, of a source of either kind."""
         while self._opened is not None:
             item = await anext(self._items, _END) if self._opened.is_async else next(self._items, _END)
-            if item is _END:
-                self._end_epoch(self._opened)
-            elif self._skip:
-                self._skip -= 1
-            else:
-                self._hand_out(item, box)
+            if self._take(item, self._opened, box):
                 return True
+        return False
+
+    def _take(self, item: T, opened: Opened, box: list[T]) -> bool:
+        """What comes out of the source; whether it is for the body."""
+        if item is _END:
+            self._end_epoch(opened)
+        elif self._skip:
+            self._skip -= 1
+        else:
+            self._hand_out(item, box)
+            return True
         return False
 
     def _hand_out(self, item: T, box: list[T]) -> None:

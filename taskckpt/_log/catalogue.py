@@ -68,15 +68,15 @@ def everything(reader: LogReader) -> Retained:
         found = retained(reader, view, survey.head)
         return Retained(found.commits, unreadable + found.damaged)
 
-    return _at_rest(reader, read)
+    return at_rest(reader, read)
 
 
 def beginning(reader: LogReader) -> Survey:
     """The log as a reader sees it now."""
-    return _at_rest(reader, lambda view: reader.survey(view, confirm=True))
+    return at_rest(reader, lambda view: reader.survey(view, confirm=True))
 
 
-def _at_rest(reader: LogReader, read: Callable[[View], T]) -> T:
+def at_rest(reader: LogReader, read: Callable[[View], T]) -> T:
     """What is read from one listing, when no record went away meanwhile."""
     for _ in range(MAX_ROUNDS):
         with suppress(LogMoved):
@@ -112,7 +112,7 @@ def retained(reader: LogReader, view: View, newest: Commit) -> Retained:
 
 def original_of(reader: LogReader, slot: int) -> int:
     """The slot of the commit that first had the payload of the one in ``slot``, as long as that record is there."""
-    found = _at_rest(reader, lambda view: reader.read_slot(view, slot))
+    found = at_rest(reader, lambda view: reader.read_slot(view, slot))
     return next((one.original for one in found if isinstance(one, Commit)), slot)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +31,7 @@ from taskckpt._log.records import (
     Stored,
 )
 from taskckpt._log.retention import RECORD_BATCH, UNBROKEN, Kept, Plan, Retention, dead_payloads, dead_records
-from taskckpt._log.slots import MAX_ROUNDS, SlotWriter, merged, new_nonce
+from taskckpt._log.slots import SlotWriter, merged, new_nonce
 from taskckpt._operation import Stop
 from taskckpt._stores import Store
 from taskckpt.errors import NotFoundError, StaleAttemptError, TaskckptError
@@ -159,12 +158,10 @@ class TaskLog(SlotWriter):
         assert self._newest is not None
         assert self._position is not None
         position = self._position
-        for _ in range(MAX_ROUNDS):
-            with suppress(LogMoved):  # a sibling pruned meanwhile
-                commits = catalogue.retained(self.reader, self.reader.look(), self._newest).commits
-                below = [one for one in commits if one.stamp.slot <= position.stamp.slot]
-                return [one for one in below if position.lineage.has(one.stamp.slot)]
-        raise self._crowded()
+        newest, lineage = self._newest, position.lineage
+        found = catalogue.at_rest(self.reader, lambda view: catalogue.retained(self.reader, view, newest))
+        below = [one for one in found.commits if one.stamp.slot <= position.stamp.slot]
+        return [one for one in below if lineage.has(one.stamp.slot)]
 
     def commit(self, save_nonce: str, saved: Saved, stop: Stop) -> Commit:
         """Makes a checkpoint exist. Its payload is complete and durable already.
