@@ -472,7 +472,10 @@ class ObstoreStore:
                 logger.warning("An unfinished upload could not be removed; a later attempt sweeps it: %s", reason)
 
     def _displace(self, key: str) -> None:
-        """Removes the parts of an aborted upload: for a moment, an empty object takes their place."""
+        """Removes the parts of an aborted upload: for a moment, an empty object takes their place.
+
+        One that was under way may arrive afterwards; as all that is left of a killed save, a later attempt sweeps it.
+        """
         try:
             self._put(key, b"", Stop(), mode="overwrite")
             self.delete([key])

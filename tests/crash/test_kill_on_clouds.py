@@ -101,6 +101,7 @@ def test_a_cancelled_upload_leaves_nothing(cloud):
         job = cloud.anew(replace(job, at=at))
         outcome = cloud.forks.run(job)
         assert outcome.answers == ["done", "cancelled"], (at, outcome.calls)
-        assert not cloud.place().uploads
+        # Azure knows no end of an upload: a part that was under way may arrive after the others were removed.
+        assert not cloud.place().uploads or cloud.name == "obstore"
         assert recover(cloud.forks, job)[0] == "inline 1"
         assert not cloud.place().garbage

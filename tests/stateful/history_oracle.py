@@ -32,12 +32,16 @@ class Point:
 class Commit:
     """A point, as it was saved, or as a rollback or other bookkeeping committed it once more.
 
-    ``ancestors`` are the numbers of the commits that it goes on from, its own among them.
+    ``ancestors`` are the numbers of the commits that it goes on from, its own among them. It says which attempt
+    made it, what that had resumed from, and how many commits ago.
     """
 
     number: int
     label: str
     ancestors: frozenset[int]
+    by: object = None
+    resumed: str | None = None
+    count: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ class Attempt:
     position: Commit | None = None
     resumed: str | None = None
     saves: int = 0
+    name: object = field(default_factory=object)
 
     def protected(self, until: int) -> str | None:
         """Stays until two own commits exist: so when the second one is made it may go, and no prune drops it before."""
@@ -139,12 +144,13 @@ class Oracle:
     # -- what the verbs make of the world ---------------------------------------------------------------
 
     def after_save(self, label: str, attempt: Attempt, *, pin: bool) -> World:
-        commit = self._next(label, attempt.position)
+        saves = attempt.saves + 1
+        commit = replace(self._next(label, attempt.position), by=attempt.name, resumed=attempt.resumed, count=saves)
         world = World((commit, *self.world.commits), self.world.pinned | ({label} if pin else set()))
         return world if attempt.rules is None else self._pruned(world, attempt, attempt.rules)
 
     def after_rollback(self, commit: Commit, attempt: Attempt) -> World:
-        return self._again(commit, attempt)
+        return self._again(commit, attempt, count=0)
 
     def after_pin(self, label: str, attempt: Attempt, *, on: bool) -> World:
         if (label in self.world.pinned) == on or not self.world.commits:
@@ -164,18 +170,33 @@ class Oracle:
             return set(self.world.labels)
         ancestors = [one for one in self.world.shown if one.number in self.world.commits[0].ancestors]
         good = {one.label for one in self.intact(ancestors)[:1]} if self.world.commits else set()
-        return self._staying(self.world, attempt, attempt.rules, until=2) | good
+        return self._staying(self.world, attempt, attempt.rules, until=2) | good | self._written_down(attempt)
+
+    def _written_down(self, attempt: Attempt) -> set[str]:
+        """What the newest commit says that the attempt had resumed from, where that was one commit ago.
+
+        The attempt may have loaded again since, and what it knows is not what a tool beside it reads.
+        """
+        newest = self.world.newest
+        told = newest.resumed if newest and newest.by is attempt.name and newest.count == 1 else None
+        return {told} & set(self.world.labels) if told else set()
 
     def _next(self, label: str, position: Commit | None) -> Commit:
         self.count += 1
         return Commit(self.count, label, (position.ancestors if position else frozenset()) | {self.count})
 
-    def _again(self, commit: Commit, attempt: Attempt) -> World:
+    def _again(self, commit: Commit, attempt: Attempt, count: int | None = None) -> World:
         """It is the newest again. Where not everything stays, it takes its own place if it is the newest already."""
         others = self.world.commits
         if attempt.rules is not None and commit == self.world.newest:
             others = others[1:]
-        return replace(self.world, commits=(self._next(commit.label, commit), *others))
+        again = replace(
+            self._next(commit.label, commit),
+            by=attempt.name,
+            resumed=commit.resumed,
+            count=attempt.saves if count is None else count,
+        )
+        return replace(self.world, commits=(again, *others))
 
     def _pruned(self, world: World, attempt: Attempt, rules: tuple[Rule, ...]) -> World:
         stay = self._staying(world, attempt, rules)

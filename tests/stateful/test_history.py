@@ -206,3 +206,12 @@ def test_a_dry_run_gives_the_reasons_of_the_real_one(place: str) -> None:
     foretold = checkpoint.prune_sync(dry_run=True)
     assert checkpoint.prune_sync() == foretold
     assert [(one.checkpoint.step, one.keeps) for one in foretold] == [(3, True), (2, True), (1, False)]
+
+
+def test_a_prune_spares_what_was_resumed_from_one_commit_ago_though_the_attempt_has_loaded_again(place: str) -> None:
+    current = Checkpoint(place, keep=1)
+    current.load_sync(step=2)
+    save(current, 4)
+    current.load_sync()
+    current.prune_sync()
+    assert steps(place) == [4, 2]
