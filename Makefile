@@ -3,6 +3,8 @@
 #   make demo     a task that fails, is retried and goes on; on a local folder, then on an S3 server
 #   make test     every test                      make test ARGS="-k prune"   some of them
 #   make test-datarax   Datarax's own pipelines, in an environment of their own (800 MB): .venv-datarax
+#   make test-engines   every engine that runs on one machine, each in an environment of its own (5 GB): .venv-engines
+#                       make test-engines ENGINES="prefect ray"   some of them
 #   make check    linter, formatter, type checkers
 #   make bench    how fast it is, beside its peers (45 min)    make bench BENCH_ARGS="--quick"   (10 min)
 #   make clean    removes the environment and what tools left behind
@@ -19,12 +21,14 @@ ARGS ?=
 TORCH ?= yes
 AZURITE := 3.35.0
 DATARAX_VENV := .venv-datarax
+ENGINES_VENVS := .venv-engines
+ENGINES ?= $(sort $(basename $(notdir $(wildcard tests/engines/requirements/*.txt))))
 BENCH_VENV := .venv-bench
 BENCH_ARGS ?=
 BENCH_PEERS ?= flyte==2.12.1 torch==2.13.0 ray[train]==2.60.0
 SOURCES := taskckpt tests $(wildcard examples benchmarks)
 
-.PHONY: demo test test-datarax check format bench clean
+.PHONY: demo test test-datarax test-engines check format bench clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.demo
@@ -35,6 +39,9 @@ test: $(VENV)/.dev $(VENV)/.azurite-$(AZURITE) $(if $(TORCH),$(VENV)/.torch)
 
 test-datarax: $(DATARAX_VENV)/.datarax
 	$(DATARAX_VENV)/bin/python -m pytest -q tests/datarax tests/test_seed_datarax.py $(ARGS)
+
+test-engines: $(VENV)/.dev $(ENGINES:%=$(ENGINES_VENVS)/%/.installed)
+	$(BIN)/pytest -n auto --dist worksteal tests/engines $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)
@@ -50,7 +57,7 @@ bench: $(BENCH_VENV)/.peers
 	$(BENCH_VENV)/bin/python -m benchmarks $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) $(DATARAX_VENV) $(BENCH_VENV) dist build .hypothesis .mypy_cache .pytest_cache .ruff_cache .taskckpt
+	rm -rf $(VENV) $(DATARAX_VENV) $(ENGINES_VENVS) $(BENCH_VENV) dist build .hypothesis .mypy_cache .pytest_cache .ruff_cache .taskckpt
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What is installed already is not installed again, until pyproject.toml or the list changes.
@@ -83,6 +90,12 @@ $(DATARAX_VENV)/.datarax: pyproject.toml tests/requirements-datarax.txt | $(DATA
 	@$(DATARAX_VENV)/bin/python -m pip install -qq --disable-pip-version-check -e . hypothesis pytest pytest-timeout
 	@touch $@
 
+# One after the other pip would fetch for minutes; make -j builds them side by side.
+$(ENGINES_VENVS)/%/.installed: pyproject.toml tests/engines/requirements/%.txt | $(ENGINES_VENVS)/%/bin/python
+	@echo "installing $* into $(ENGINES_VENVS)/$* ..."
+	@$(ENGINES_VENVS)/$*/bin/python -m pip install -qq --disable-pip-version-check -e . -r tests/engines/requirements/$*.txt
+	@touch $@
+
 # A peer that cannot be installed is left out, and its rows say so.
 $(BENCH_VENV)/.peers: pyproject.toml benchmarks/requirements.txt | $(BENCH_VENV)/bin/python
 	@echo "installing taskckpt and what it is compared with into $(BENCH_VENV) (1.5 GB, some minutes) ..."
@@ -94,7 +107,7 @@ $(BENCH_VENV)/.peers: pyproject.toml benchmarks/requirements.txt | $(BENCH_VENV)
 	@touch $@
 
 # A python3 may be too old, or a stub that does not start: take the first that runs and is new enough.
-$(VENV)/bin/python $(DATARAX_VENV)/bin/python $(BENCH_VENV)/bin/python: %/bin/python:
+$(VENV)/bin/python $(DATARAX_VENV)/bin/python $(BENCH_VENV)/bin/python $(ENGINES:%=$(ENGINES_VENVS)/%/bin/python): %/bin/python:
 	@for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
 	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	    echo "making $* with $$python ..."; \

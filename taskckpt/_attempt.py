@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
@@ -76,6 +77,29 @@ class SaveRequest(NamedTuple):
     pin: bool = False
 
 
+@dataclass(frozen=True)
+class Owner:
+    """Whose attempt it is: what the context of a task says to its checkpoint.
+
+    Attributes:
+        claim_nonce: Names the claim; decided before any child process, so that those join it.
+        inherited: Made in a process above this one.
+        about: What records tell people about this attempt.
+        rank: Which of the processes this is that do the task together; only the first, 0, may write.
+        stale: What is raised once a newer attempt has the task.
+        on_hold: Called once, when this process has claimed or joined.
+        on_nothing: Called when a load finds nothing.
+    """
+
+    claim_nonce: str = field(default_factory=new_nonce)
+    inherited: bool = False
+    about: Mapping[str, Any] = field(default_factory=dict)
+    rank: int = 0
+    stale: type[StaleAttemptError] = StaleAttemptError
+    on_hold: Callable[[], None] | None = None
+    on_nothing: Callable[[], None] | None = None
+
+
 class Attempt:
     """Threads may share it; a child process that gets it, by fork or pickled, goes on under the same claim.
 
@@ -86,10 +110,7 @@ class Attempt:
         sources: Where to look if it has nothing yet.
         policy: Which checkpoints stay; None: all.
         fork: The checkpoint to begin with, or the place whose newest it is; unless an earlier attempt did already.
-        claim_nonce: Names the claim; decided before any child process, so that those join it.
-        inherited: Made in a process above this one.
-        about: What records tell people about this attempt.
-        on_hold: Called once, when this process has claimed or joined.
+        owner: Whose attempt it is; None: its own.
 
     Attributes:
         has_payload: Whether what was loaded or saved last is more than positions.
@@ -107,29 +128,25 @@ class Attempt:
         fork: Location | None = None,
         read_only: bool = False,
         src_kind: SourceKind = "auto",
-        claim_nonce: str | None = None,
-        inherited: bool = False,
-        about: Mapping[str, Any] | None = None,
-        on_hold: Callable[[], None] | None = None,
+        owner: Owner | None = None,
     ) -> None:
+        self._owner = owner = owner or Owner()
+        self._on_hold = owner.on_hold
         self.dest = dest
         self.sources = sources
-        self.read_only = read_only
+        self.read_only = read_only or owner.rank != 0
         self._storage_options = storage_options
         self._timeout_s = timeout_s
         self.policy = policy
         self._fork = fork
         self._src_kind: SourceKind = src_kind
-        self.claim_nonce = claim_nonce or new_nonce()
-        self._about = dict(about or {})
-        self._on_hold = on_hold
         self._resumed_from: Commit | str | None = None
         self._positions: dict[str, Any] | None = None  # None: not known yet
         self.has_payload = False
         self.loaded: CheckpointInfo | None = None
         self._ended = False
         self._pid = os.getpid()
-        self._home = 0 if inherited else self._pid
+        self._home = 0 if owner.inherited else self._pid
         self._forget()
 
     def _forget(self) -> None:
@@ -138,6 +155,11 @@ class Attempt:
         self._log: TaskLog | None = None
         self._saves_under_way = 0
         self._holder: int | None = None
+
+    @property
+    def claim_nonce(self) -> str:
+        """Names the claim: this attempt's, and that of its child processes."""
+        return self._owner.claim_nonce
 
     def end(self) -> None:
         """The task call that this belongs to has ended: what it left running in this process may save no more."""
@@ -210,6 +232,8 @@ class Attempt:
                 self._resume_from(without_payload or found, store)
         if found is None:
             logger.info("Nothing to resume from in %s.", self.dest.uri)
+            if self._owner.on_nothing is not None:
+                self._owner.on_nothing()
             return None
         tell_loaded(found.origin, found.what, find_s=time.monotonic() - began - using.seconds, restore_s=using.seconds)
         return found.result[1]
@@ -392,10 +416,17 @@ class Attempt:
     def expect_writable(self, verb: str) -> None:
         """Raises if this attempt has ended (StaleAttemptError) or is a view (UsageError)."""
         if self._ended:
-            raise StaleAttemptError(
+            raise self._owner.stale(
                 f"The task call that this checkpoint belongs to has ended; it cannot {verb}.",
                 uri=self.dest.uri,
                 hint="Let what the call left running end; a new call has a checkpoint of its own.",
+            )
+        if self._owner.rank:
+            raise UsageError(
+                f"Rank {self._owner.rank} does not {verb}: several processes do this task together, and rank 0 saves.",
+                uri=self.dest.uri,
+                hint="Save on rank 0 only: if taskckpt.ctx().rank == 0. For a checkpoint of each rank's own: "
+                "taskckpt.checkpoint('my-task', per_rank=True).",
             )
         if self.read_only:
             raise UsageError(
@@ -484,7 +515,7 @@ class Attempt:
 
     def _own_log(self, store: Store) -> TaskLog:
         if self._log is None:
-            about = {"host": platform.node(), "pid": os.getpid(), "keep": text_of(self.policy)} | self._about
+            about = {"host": platform.node(), "pid": os.getpid(), "keep": text_of(self.policy), **self._owner.about}
             self._log = TaskLog(
                 store,
                 claim_nonce=self.claim_nonce,
@@ -492,6 +523,7 @@ class Attempt:
                 about={key: _plain(value) for key, value in about.items() if value is not None},
                 sources=tuple(source.record_uri for source in self.sources),
                 resumed_from=self._resumed_from,
+                stale=self._owner.stale,
             )
         return self._log
 
@@ -528,6 +560,7 @@ class Attempt:
         for name in ("_lock", "_store", "_log"):
             del state[name]
         state["_on_hold"] = None
+        state["_owner"] = Owner(self._owner.claim_nonce, self._owner.inherited, self._owner.about, self._owner.rank)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

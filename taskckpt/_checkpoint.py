@@ -18,7 +18,7 @@ from taskckpt._arguments import (
     checked_options,
     checked_timeout,
 )
-from taskckpt._attempt import Attempt, SaveRequest, Use
+from taskckpt._attempt import Attempt, Owner, SaveRequest, Use
 from taskckpt._history import History
 from taskckpt._history_verbs import HistoryVerbs, in_thread
 from taskckpt._keep import KeepPolicy, Mode, policy_of
@@ -156,7 +156,7 @@ class Checkpoint(HistoryVerbs):
             raise NotFoundError("Nobody has saved anything here.", uri=location.uri)
         policy = policy_of(keep)
         attempt = Attempt(
-            location, policy=policy, storage_options=options, timeout_s=timeout_s, claim_nonce=owner.nonce
+            location, policy=policy, storage_options=options, timeout_s=timeout_s, owner=Owner(owner.nonce)
         )
         return cls._with(attempt)
 
@@ -170,23 +170,19 @@ class Checkpoint(HistoryVerbs):
         fork_from: Target | CheckpointInfo | None,
         storage_options: dict[str, Any],
         timeout_s: float,
-        claim_nonce: str,
-        inherited: bool,
-        about: Mapping[str, Any],
-        on_hold: Callable[[], None] | None,
+        owner: Owner,
+        src: tuple[str, ...] = (),
     ) -> Self:
         """A context's own checkpoint: one place, and a claim that child processes may share."""
         return cls._with(
             Attempt(
                 dest,
+                tuple(parse(one, what="src") for one in src),
                 policy=policy_of(keep),
                 fork=None if fork_from is None else _fork(fork_from),
                 storage_options=storage_options,
                 timeout_s=checked_timeout(timeout_s),
-                claim_nonce=claim_nonce,
-                inherited=inherited,
-                about=about,
-                on_hold=on_hold,
+                owner=owner,
             ),
             save_policy,
         )

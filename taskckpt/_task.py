@@ -7,14 +7,14 @@ import inspect
 import logging
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar, overload
 
-from taskckpt import context
+from taskckpt import _process, context, engines
 from taskckpt._identity import expect_one_function, identity_of
 from taskckpt._operation import Stop
 from taskckpt._testing import switches
-from taskckpt.context import TaskContext
+from taskckpt.context import OnClear, Scope, TaskContext
 from taskckpt.errors import (
     SourceChangedError,
     StaleAttemptError,
@@ -62,6 +62,8 @@ def task(
     wait_initial_s: float = 0.5,
     wait_max_s: float = 30,
     clear_on_success: bool | None = None,
+    scope: Scope | None = None,
+    on_clear: OnClear | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 def task(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:  # noqa: D417 - see the overload
     """Retries a plain or ``async`` function, with a checkpoint that spans its attempts.
@@ -81,6 +83,7 @@ def task(function: Callable[..., Any] | None = None, /, **options: Any) -> Any: 
         wait_initial_s, wait_max_s: Back-off between attempts: exponential with jitter.
         clear_on_success: Clear the checkpoints when the function returns. By default only where nobody
             named run or key: an engine may deliver a finished task once more.
+        scope, on_clear: Which of an engine's identities the call is part of: as for ``ctx``.
 
     Raises:
         UsageError: At the call: an argument is no plain value, or the function has no stable name; pass ``key=``.
@@ -113,6 +116,8 @@ class _Spec:
     wait_initial_s: float = 0.5
     wait_max_s: float = 30
     clear_on_success: bool | None = None
+    scope: Scope | None = None
+    on_clear: OnClear | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.retries, int) or isinstance(self.retries, bool) or self.retries < 0:
@@ -177,12 +182,13 @@ class _Call:
     def __init__(self, spec: _Spec, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
         self._spec = spec
         self._function = functools.partial(function, *args, **kwargs)
-        self._parent = context.around()
         self._key = _key_of(spec, args, kwargs)
+        self._parent = context.around(has_key=self._key is not None, scope=spec.scope, on_clear=spec.on_clear)
+        said = engines.detect() if self._parent is None else self._parent.engine
+        self._engine = None if said is None else replace(said, execution=None)
         self._task = self._key or identity_of(function, args, kwargs)
         if self._key is None and self._parent is not None:
-            outer = self._parent
-            self._task += f" in key {outer.key!r}" if outer.key is not None else f" in {outer.task}"
+            self._task += context.inside(self._parent)
         self._attempts = 0
 
     def run(self) -> Any:
@@ -191,11 +197,11 @@ class _Call:
         return Retrying(**self._spec.policy(self._task))(self._attempt)
 
     def _attempt(self) -> Any:
-        with context.running(self._next()) as current:
+        with _process.running(self._next()) as current:
             with _flushing(current):
                 result = self._function()
                 _expect_finished(result)
-            if self._clears():
+            if self._clears(current):
                 with _telling_only(current):
                     current.checkpoint.clear_sync()
             return result
@@ -206,6 +212,9 @@ class _Call:
         self._attempts += 1
         base_of = self._parent if spec.base is None else None
         (run, run_origin), (base, base_origin) = self._run(), self._base()
+        context.expect_lasting(self._key, base_origin, self._engine)
+        ranked = self._parent or self._engine
+        rank, world_size = (ranked.rank, ranked.world_size) if ranked is not None else (None, None)
         made = TaskContext(
             run=run,
             task=self._task,
@@ -222,6 +231,9 @@ class _Call:
             save_policy=spec.save_policy,
             storage_options=dict(spec.storage_options or (base_of.storage_options if base_of else {})),
             timeout_s=spec.timeout_s,
+            rank=rank,
+            world_size=world_size,
+            engine=self._engine,
             parent=self._parent,
         )
         if self._key is None and attempt == 0:
@@ -239,7 +251,9 @@ class _Call:
             return context.base_and_origin(self._spec.base)
         return self._parent.base, self._parent.origins.get("base", "parent")
 
-    def _clears(self) -> bool:
+    def _clears(self, current: TaskContext) -> bool:
+        if current.rank:
+            return False  # rank 0 does
         if self._spec.clear_on_success is not None:
             return self._spec.clear_on_success
         return self._key is None and self._run()[1] == context.MADE_UP
@@ -252,10 +266,10 @@ class _AsyncCall(_Call):
         return await AsyncRetrying(**self._spec.policy(self._task))(self._async_attempt)
 
     async def _async_attempt(self) -> Any:
-        with context.running(self._next()) as current:
+        with _process.running(self._next()) as current:
             async with _flushing(current):
                 result = await self._function()
-            if self._clears():
+            if self._clears(current):
                 with _telling_only(current):
                     await current.checkpoint.clear()
             return result

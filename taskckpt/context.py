@@ -7,26 +7,30 @@ task starts see the same context, and child processes find it in their environme
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import platform
-import sys
-import threading
-import weakref
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, get_args
 
-from taskckpt import engines
+from taskckpt import _process, engines
 from taskckpt._keep import KeepPolicy, LatestN, parse_policy
 from taskckpt._layout import LOCAL_RUN, keyed_prefix, task_prefix
 from taskckpt._log.slots import new_nonce
-from taskckpt._stores import Location, is_unset, parse
-from taskckpt.errors import AmbiguousIdentityError, NoTaskContextError, UsageError, UsageTypeError
+from taskckpt._process import AMBIGUOUS, ATTEMPT, BASE, CLAIMS, KEEP, KEY, RUN, TASK, given, own_environ
+from taskckpt._stores import Location, parse
+from taskckpt.engines import PROCESS, EngineTask
+from taskckpt.errors import (
+    AmbiguousIdentityError,
+    NoTaskContextError,
+    StaleAttemptError,
+    TaskckptWarning,
+    UsageError,
+    UsageTypeError,
+)
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -42,25 +46,27 @@ DEFAULT_BASE = ".taskckpt"
 # The origin of a value that nobody gave.
 MADE_UP = "made up"
 
-# What a task hands down to its child processes.
-BASE, RUN, TASK, ATTEMPT, KEY, KEEP = (f"TASKCKPT_{n}" for n in ("BASE", "RUN", "TASK", "ATTEMPT", "KEY", "KEEP"))
-# Claims of this process, as "<digest of task and attempt>:<nonce>": a child of the same attempt joins.
-CLAIMS = "TASKCKPT_CLAIMS"
-# An environment has room for so many, and a process rarely more than one.
-MOST_CLAIMS = 256
-# Set instead of a task where several ran at once, and a child could belong to any of them.
-AMBIGUOUS = "TASKCKPT_AMBIGUOUS"
-_HANDED_DOWN = (BASE, RUN, TASK, ATTEMPT, KEY, KEEP, CLAIMS, AMBIGUOUS)
+# Where the engine does not tell apart the items of one step: any text that does.
+SCOPE, ON_CLEAR = "TASKCKPT_SCOPE", "TASKCKPT_ON_CLEAR"
+
+Scope: TypeAlias = Literal["run", "lineage"]
+OnClear: TypeAlias = Literal["keep", "fresh"]
 
 
-class Options(TypedDict, total=False):
-    """What ``checkpoint`` takes beside a key; see ``Checkpoint``."""
+class Settings(TypedDict, total=False):
+    """What the checkpoint of a task with a key can be told; see ``Checkpoint``."""
 
     keep: int | KeepPolicy | None
     save_policy: SavePolicy | int | str | None
     fork_from: Target | CheckpointInfo | None
     storage_options: Mapping[str, Any]
     timeout_s: float
+
+
+class Options(Settings, total=False):
+    """What ``checkpoint`` takes beside a key."""
+
+    per_rank: bool
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,10 @@ class TaskContext:
         attempt: Counted from 0; None if nobody knows. Information: nothing is decided from it.
         base: Where all tasks lie: a URL, or an absolute local path.
         key: The name that the user gave the task, if any.
+        rank: Which of several processes that do the task together this one is, from 0: only rank 0 saves.
+            None if it is alone, or nobody knows.
+        world_size: How many these are, or None.
+        engine: What the engine said, if one runs the task.
         origins: For each value, where it came from.
     """
 
@@ -95,9 +105,13 @@ class TaskContext:
     fork_from: Target | CheckpointInfo | None = None
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     timeout_s: float = 300
+    rank: int | None = None
+    world_size: int | None = None
+    engine: EngineTask | None = field(default=None, repr=False)
     parent: TaskContext | None = field(default=None, repr=False)
     _handed_nonce: str | None = field(default=None, repr=False)
     _of_process: bool = field(default=False, repr=False)
+    _is_ambiguous: bool = field(default=False, repr=False)
     _within: str = field(default="", repr=False)
     _made_in: int = field(default_factory=os.getpid, repr=False)
 
@@ -112,6 +126,11 @@ class TaskContext:
         """The task's place, twice, for code that expects Flyte's two paths."""
         return CheckpointPaths(self.place.uri, self.place.uri)
 
+    @property
+    def _is_override(self) -> bool:
+        """Whether a person named the task in the environment: what a task hands down brings its claim along."""
+        return self.origins.get("task") in (TASK, KEY) and self._handed_nonce is None
+
     @cached_property
     def _nonce(self) -> str:
         return self._handed_nonce or new_nonce()
@@ -119,6 +138,7 @@ class TaskContext:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """This attempt's checkpoint; the same object every time."""
+        from taskckpt._attempt import Owner
         from taskckpt._checkpoint import Checkpoint
 
         return Checkpoint._for_context(  # noqa: SLF001 - the two rooms share one door
@@ -128,11 +148,36 @@ class TaskContext:
             fork_from=self.fork_from,
             storage_options=dict(self.storage_options),
             timeout_s=self.timeout_s,
-            claim_nonce=self._nonce,
-            inherited=self._handed_nonce is not None or self._made_in != os.getpid(),
-            about={"run": self.run, "task": self.task, "attempt": self.attempt},
-            on_hold=partial(_hand_down_claim, self) if self._of_process else None,
+            owner=Owner(
+                self._nonce,
+                inherited=self._handed_nonce is not None or self._made_in != os.getpid(),
+                about={"run": self.run, "task": self.task, "attempt": self.attempt},
+                rank=self.rank or 0,
+                stale=self.engine.stale if self.engine is not None else StaleAttemptError,
+                on_hold=partial(_process.hand_down_claim, self) if self._of_process else None,
+                on_nothing=self._tell_nothing,
+            ),
+            src=self._src,
         )
+
+    @property
+    def _src(self) -> tuple[str, ...]:
+        """Where else to look, if the task is the very one that the engine named."""
+        said = self.engine
+        is_named_by_it = said is not None and self.key is None and self.origins.get("task") == said.engine
+        return said.src if said is not None and is_named_by_it and self.fork_from is None else ()
+
+    def _tell_nothing(self) -> None:
+        """Nothing was found by what is a retry, in a place that perhaps only an earlier host had."""
+        if self.engine is None or not self.attempt or self.origins.get("base") != MADE_UP:
+            return
+        message = (
+            f"Attempt {self.attempt} (from 0) of this {self.engine.engine} task found nothing in {self.base} on host "
+            f"{platform.node()}, and begins anew: what an earlier attempt saved on another host, or in a container "
+            f"that is gone, is not there. Set {BASE} to a place that all hosts share."
+        )
+        logger.error(message)
+        warnings.warn(message, TaskckptWarning, stacklevel=2)
 
     def environ(self) -> dict[str, str]:
         """What a child process needs in its environment to be part of this attempt.
@@ -146,62 +191,139 @@ class TaskContext:
             KEY: self.key or "",
             ATTEMPT: "" if self.attempt is None else str(self.attempt),
             KEEP: "all" if self.keep is None else str(self.keep),
-            CLAIMS: _claims(self),
+            CLAIMS: _process.claims(self),
             AMBIGUOUS: "",
         }
 
 
-_current: ContextVar[TaskContext | None] = ContextVar("taskckpt_task", default=None)
-
-
-class _Running(NamedTuple):
-    """A task that runs here. ``older`` are the threads that it did not start, ``strand`` is what runs it."""
-
-    context: TaskContext
-    older: weakref.WeakSet[threading.Thread]
-    strand: object
-
-
-class _Process:
-    """What this process runs: its tasks, and what they put into the environment for children."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.running: dict[int, _Running] = {}
-        self.environ_before: dict[str, str] | None = None
-        self.implicit_base: str | None = None
-        self.contexts: dict[tuple[str, ...], TaskContext] = {}
-        self.claims: dict[str, TaskContext] = {}
-        self.own_nonces: set[str] = set()
-        self.heard_parent_in = 0
-
-
-_process = _Process()
-
-
-def _after_fork() -> None:
-    _process.lock = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def ctx() -> TaskContext | None:
+def ctx(*, scope: Scope | None = None, on_clear: OnClear | None = None) -> TaskContext | None:
     """The task that this code runs in, or None outside of any.
 
+    Args:
+        scope: ``"run"``: the task of this run of the engine; ``"lineage"``: that of the run which this one
+            executes again, or of its origin. Default: ``TASKCKPT_SCOPE``, else ``"run"``.
+        on_clear: What it means that an operator cleared the task: ``"keep"``: it goes on; ``"fresh"``: it starts
+            over. Default: ``TASKCKPT_ON_CLEAR``, else ``"keep"``.
+
     Raises:
-        AmbiguousIdentityError: This thread, or the parent of this process, ran several tasks at once.
+        AmbiguousIdentityError: This thread, or the parent of this process, ran several tasks at once; or the
+            engine cannot tell two tasks apart. The hint says what to pass.
+        UsageError: A variable or the engine gives what cannot be.
     """
-    return _current.get() or _of_thread() or _of_process()
+    return _unambiguous(_here(_Choice.of(scope, on_clear)))
 
 
-def around() -> TaskContext | None:
-    """The task that a call of another task is part of.
+def around(*, has_key: bool, scope: Scope | None = None, on_clear: OnClear | None = None) -> TaskContext | None:
+    """The task that a call of another task is part of, which ``has_key`` of its own or not.
 
     Only what the calling code itself says, or this process's environment: who else happens to run in other
     threads right now would make the identity of a task depend on timing.
     """
-    return _current.get() or _of_process()
+    found = _here(_Choice.of(scope, on_clear), of_threads=False)
+    if has_key and found is not None and found._is_ambiguous:  # noqa: SLF001 - its own key tells it apart
+        return None
+    return _unambiguous(found)
+
+
+def _unambiguous(found: TaskContext | None) -> TaskContext | None:
+    if found is not None and found._is_ambiguous:  # noqa: SLF001
+        assert found.engine is not None
+        raise AmbiguousIdentityError(f"{found.engine.engine}: {found.engine.ambiguous}", hint=found.engine.hint)
+    return found
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Which of an engine's identities the user wants."""
+
+    scope: Scope = "run"
+    on_clear: OnClear = "keep"
+
+    @classmethod
+    def of(cls, scope: str | None, on_clear: str | None) -> _Choice:
+        return cls(_one_of(scope, SCOPE, Scope), _one_of(on_clear, ON_CLEAR, OnClear))
+
+
+def _one_of(value: str | None, variable: str, words: Any) -> Any:
+    known = get_args(words)
+    said = value if value is not None else given(variable) or known[0]
+    if said not in known:
+        what = variable if value is None else variable.removeprefix("TASKCKPT_").lower()
+        raise UsageError(f"{what}={said!r} is unknown.", hint=f"There are: {', '.join(known)}.")
+    return said
+
+
+def _here(choice: _Choice, *, of_threads: bool = True) -> TaskContext | None:
+    """The innermost of what the code, the engine, this thread and this process say."""
+    current, said = _process.current.get(), engines.detect()
+    if said is not None and not said.in_environment and not (current is not None and _is_around(current, said)):
+        return _of_engine(said, current, choice)
+    return current or (_process.of_thread() if of_threads else None) or _of_process(said, choice)
+
+
+def _is_around(current: TaskContext, said: EngineTask) -> bool:
+    """Whether the engine ran this when the task began: else the engine's task is the inner one."""
+    known = current.engine
+    return known is not None and (known.engine, known.run, known.task) == (said.engine, said.run, said.task)
+
+
+def _outside(current: TaskContext | None, said: EngineTask) -> TaskContext | None:
+    """The task around that is not of the same engine, which tells its own apart.
+
+    A task that makes room for the next (Dask's ``secede``) starts it in a copy of its own context, once: a retry
+    begins elsewhere, and must not be called otherwise.
+    """
+    while current is not None and current.engine is not None and current.engine.engine == said.engine:
+        current = current.parent
+    return current
+
+
+def _of_engine(said: EngineTask, current: TaskContext | None, choice: _Choice) -> TaskContext:
+    """The task that an engine runs in this thread, inside of another one perhaps."""
+    made, outer = _made_of(said, choice), _outside(current, said) or _of_environment(said)
+    if outer is not None and outer._is_override:  # noqa: SLF001
+        _expect_one_task(outer, said)
+        made, outer = outer, None
+    if outer is not None:
+        if (outer.run, outer.task, outer.key) == (made.run, made.task, None):
+            return outer  # a process above this one was the same task, and said so
+        origins = {**made.origins, **{name: outer.origins.get(name, MADE_UP) for name in ("run", "base")}}
+        # The engine's own run, too: its tasks may be called alike in each.
+        task = f"{engines.name_of(said.run, said.task)}{inside(outer)}"
+        made = replace(made, run=outer.run, task=task, base=outer.base, origins=origins, parent=outer)
+    if said.execution is None:
+        return _once(made)
+    identity = (_which(made), None if outer is None else outer._nonce)  # noqa: SLF001
+    made = replace(made, _handed_nonce=_process.handed_nonce(made))
+    return _process.of_execution(identity, said.execution, made, alone=said.alone or said.execution is PROCESS)
+
+
+def _expect_one_task(named: TaskContext, said: EngineTask) -> None:
+    """A name in the environment is for one task, and a worker of an engine runs many."""
+    known = _process.process.named.setdefault(str(named.place), (said.run, said.task))
+    if known != (said.run, said.task):
+        variable = named.origins["task"]
+        raise AmbiguousIdentityError(
+            f"{variable} names one task, and {said.engine} runs several in this process: {known[1]}, {said.task}.",
+            hint=f"Unset {variable}: the engine tells them apart; or name each in the code: taskckpt.checkpoint(key).",
+        )
+
+
+def _made_of(said: EngineTask, choice: _Choice) -> TaskContext:
+    task = said.task
+    if choice.on_clear == "fresh" and said.generation is not None:
+        task = f"{task} (cleared: {said.generation})"
+    origins = {"task": said.engine, "attempt": said.engine}
+    made = _made(said, task=task, key=None, attempt=said.attempt, origins=origins)
+    run = made.run
+    if choice.scope == "lineage" and made.origins["run"] == said.engine:
+        run = said.origin_run or run
+    return replace(made, run=run, _is_ambiguous=said.ambiguous is not None)
+
+
+def inside(outer: TaskContext) -> str:
+    """What tells a task in one task from the same one in another."""
+    return f" in key {outer.key!r}" if outer.key is not None else f" in {outer.task}"
 
 
 def checkpoint(key: str | None = None, **options: Unpack[Options]) -> Checkpoint:
@@ -212,7 +334,8 @@ def checkpoint(key: str | None = None, **options: Unpack[Options]) -> Checkpoint
     Args:
         key: The task's name.
         options: ``keep``, ``save_policy``, ``fork_from``, ``storage_options`` and ``timeout_s``, as for
-            ``Checkpoint``; with a key only. The first call in a process decides.
+            ``Checkpoint``; with a key only. The first call in a process decides. ``per_rank=True`` gives each of the
+            processes that do a task together (``torchrun``, ``srun``) a checkpoint of its own.
 
     Raises:
         NoTaskContextError: There is no task here, and no key.
@@ -223,7 +346,8 @@ def checkpoint(key: str | None = None, **options: Unpack[Options]) -> Checkpoint
         known = ", ".join(Options.__annotations__)
         raise UsageTypeError(f"checkpoint() has no option {', '.join(unknown)}.", hint=f"There are: {known}.")
     if key is not None:
-        return _keyed(key, options).checkpoint
+        per_rank = options.pop("per_rank", False)
+        return _keyed(key, options, per_rank=per_rank).checkpoint
     if options:
         raise UsageError(
             f"{', '.join(options)}: options belong to a task with a key, or to @task.",
@@ -245,41 +369,48 @@ def base_and_origin(base: Target | None = None) -> tuple[str, str]:
 
     And where it came from.
     """
+    return _base(base, None if base is not None else engines.detect())
+
+
+def _base(base: Target | None, said: EngineTask | None) -> tuple[str, str]:
     if base is not None:
         return parse(base, what="base").uri, "argument"
-    given = _given(BASE)
-    if given:
-        return parse(given, what=BASE).uri, BASE
-    engine = engines.detect()
-    if engine is not None and engine.base:
-        return parse(engine.base, what="the engine's base").uri, engine.engine
-    with _process.lock:
-        if _process.implicit_base is None:
-            _process.implicit_base = os.path.abspath(DEFAULT_BASE)
-            if engine is not None:
-                logger.warning(
-                    "State of this %s task goes to %s on host %s only: a retry on another host will not find it. "
-                    "Set TASKCKPT_BASE to a place that all hosts share.",
-                    engine.engine,
-                    _process.implicit_base,
-                    platform.node(),
-                )
-        return _process.implicit_base, MADE_UP
+    told = given(BASE)
+    if told:
+        return parse(told, what=BASE).uri, BASE
+    if said is not None and said.base:
+        return parse(said.base, what="the engine's base").uri, said.engine
+    with _process.exclusively():
+        if _process.process.implicit_base is None:
+            _process.process.implicit_base = os.path.abspath(DEFAULT_BASE)
+        if said is not None and said.engine not in _process.process.warned:
+            _process.process.warned.add(said.engine)
+            logger.warning(
+                "State of this %s task goes to %s on host %s only: a retry on another host will not find it. "
+                "Set TASKCKPT_BASE to a place that all hosts share.",
+                said.engine,
+                _process.process.implicit_base,
+                platform.node(),
+            )
+        return _process.process.implicit_base, MADE_UP
 
 
 def run_and_origin(run: str | None = None) -> tuple[str, str]:
     """The run: as given, else ``TASKCKPT_RUN``, else the engine's, else ``local``. And where it came from."""
+    return _run(run, None if run else engines.detect())
+
+
+def _run(run: str | None, said: EngineTask | None) -> tuple[str, str]:
     if run:
         return run, "argument"
-    given = _given(RUN)
-    if given:
-        return given, RUN
-    engine = engines.detect()
-    return (engine.run or LOCAL_RUN, engine.engine) if engine else (LOCAL_RUN, MADE_UP)
+    told = given(RUN)
+    if told:
+        return told, RUN
+    return (said.run, said.engine) if said is not None else (LOCAL_RUN, MADE_UP)
 
 
-def _keyed(key: str, options: Options | None = None) -> TaskContext:
-    options = options or {}
+def _keyed(key: str, settings: Settings | None = None, *, per_rank: bool = False) -> TaskContext:
+    settings = settings or {}
     if not isinstance(key, str) or not key.strip():
         raise UsageError(f"key={key!r} must be a str that is not blank.")
     if "://" in key:
@@ -287,25 +418,48 @@ def _keyed(key: str, options: Options | None = None) -> TaskContext:
             f"key={key!r} is a URL, and a key is a name.",
             hint="Use Checkpoint(url); or set TASKCKPT_BASE to the URL and name the task.",
         )
-    current = ctx()
+    said = engines.detect()
+    current = _here(_Choice.of(None, None))  # ambiguous perhaps, which the key mends
     if current is None:
-        made = _made(task=key, key=key, attempt=None, origins={"task": "key=", "attempt": "unknown"})
-        return _once(replace(made, **options), options)
+        made = _made(said, task=key, key=key, attempt=None, origins={"task": "key=", "attempt": "unknown"})
+        return _once(_of_rank(replace(made, **settings), per_rank=per_rank), settings)
     if current.key == key:
-        return _expect_same(current, options)
+        return _expect_same(current, settings)
+    expect_lasting(key, current.origins.get("base"), current.engine)
     # Inside a task, where its children would look too: its environment tells them the same base.
     origins = {**current.origins, "task": "key=", "attempt": "unknown"}
-    keyed = replace(current, task=key, attempt=None, key=key, origins=origins, parent=None, _handed_nonce=None)
+    keyed = _of_rank(
+        replace(current, task=key, attempt=None, key=key, origins=origins, parent=None, _handed_nonce=None),
+        per_rank=per_rank,
+    )
     # Used outside of any task before, it is this process's attempt; else each attempt of the task makes one.
-    outside = _process.contexts.get(_which(keyed))
+    outside = _process.process.contexts.get(_which(keyed))
     if outside is not None:
-        return _expect_same(outside, options)
-    return _once(replace(keyed, **options, _within=current._nonce), options)  # noqa: SLF001
+        return _expect_same(outside, settings)
+    made = replace(keyed, **settings, _within=current._nonce, _is_ambiguous=False)  # noqa: SLF001
+    return _once(made, settings)
 
 
-def _expect_same(known: TaskContext, options: Options) -> TaskContext:
-    """A context that exists has its options already."""
-    others = [name for name, value in options.items() if getattr(known, name) != value]
+def _of_rank(keyed: TaskContext, *, per_rank: bool) -> TaskContext:
+    """One task for each rank, if that was asked for: then each saves its own. A process that is alone is rank 0."""
+    if not per_rank:
+        return keyed
+    key = engines.name_of(keyed.key, f"rank-{keyed.rank or 0}")
+    return replace(keyed, task=key, key=key, rank=None)
+
+
+def expect_lasting(key: str | None, base_origin: str | None, said: EngineTask | None) -> None:
+    """A key names a task over all runs, and must not lie where only one run looks."""
+    if key is not None and said is not None and said.base_is_of_run and base_origin == said.engine:
+        raise UsageError(
+            f"key={key!r} spans runs, and the base that {said.engine} offers is this run's only: {said.base}.",
+            hint=f"Set {BASE} to a place that lasts.",
+        )
+
+
+def _expect_same(known: TaskContext, settings: Settings) -> TaskContext:
+    """A context that exists has its settings already."""
+    others = [name for name, value in settings.items() if getattr(known, name) != value]
     if others:
         raise UsageError(
             f"This task's checkpoint exists already, with another {' and '.join(others)}.",
@@ -315,137 +469,85 @@ def _expect_same(known: TaskContext, options: Options) -> TaskContext:
 
 
 def _made(
-    *, task: str, key: str | None, attempt: int | None, origins: dict[str, str], keep: int | KeepPolicy | None = 3
+    said: EngineTask | None,
+    *,
+    task: str,
+    key: str | None,
+    attempt: int | None,
+    origins: dict[str, str],
+    keep: int | KeepPolicy | None = 3,
 ) -> TaskContext:
     """A context outside of any ``@task``: run and base are those of the process."""
-    (run, run_origin), (base, base_origin) = run_and_origin(), base_and_origin()
-    origins = {"run": run_origin, "base": base_origin, **origins}
-    return TaskContext(run, task, attempt, base, key=key, origins=origins, keep=keep)
+    (run, run_origin), (base, base_origin) = _run(None, said), _base(None, said)
+    expect_lasting(key, base_origin, said)
+    return TaskContext(
+        run,
+        task,
+        attempt,
+        base,
+        key=key,
+        origins={"run": run_origin, "base": base_origin, **origins},
+        keep=keep,
+        rank=said.rank if said is not None else None,
+        world_size=said.world_size if said is not None else None,
+        # Who holds on to what the engine has of this execution would make it last.
+        engine=replace(said, execution=None) if said is not None else None,
+    )
 
 
-def _of_thread() -> TaskContext | None:
-    """The task that started this thread: contexts do not follow into plain threads by themselves."""
-    thread = threading.current_thread()
-    with _process.lock:
-        mine = _innermost([running for running in _process.running.values() if thread not in running.older])
-    if len(mine) > 1:
-        raise AmbiguousIdentityError(
-            f"{len(mine)} tasks run in this process, and this thread could belong to any of them.",
-            hint="Hand the thread its checkpoint, or start it with contextvars.copy_context().run.",
-        )
-    return mine[0] if mine else None
+def _of_process(said: EngineTask | None, choice: _Choice) -> TaskContext | None:
+    """The task of this whole process: from its environment, or from a system that runs it."""
+    found = _of_environment(said)
+    if found is not None or said is None:
+        return found
+    made = _made_of(said, choice)
+    environ = own_environ()
+    if environ.get(ATTEMPT):
+        made = replace(made, attempt=_attempt_from(environ), origins={**made.origins, "attempt": ATTEMPT})
+    return _once(replace(made, keep=_keep_from(environ)))
 
 
-def _innermost(running: list[_Running]) -> list[TaskContext]:
-    """Those that can start threads and processes now: not those that wait for a task that they called."""
-    strands = {id(one.context): one.strand for one in running}
-    waiting = {id(one.context.parent) for one in running if strands.get(id(one.context.parent)) is one.strand}
-    return [one.context for one in running if id(one.context) not in waiting]
-
-
-def _strand() -> object:
-    """What does one thing at a time: the current asyncio task, else the thread."""
-    asyncio = sys.modules.get("asyncio")  # not imported here: a plain task does without
-    with suppress(RuntimeError):  # no loop runs in this thread
-        return (asyncio and asyncio.current_task()) or threading.current_thread()
-    return threading.current_thread()
-
-
-def _own_environ() -> Mapping[str, str]:
-    """The environment as this process got it, without what its own tasks put there for children."""
-    if _process.environ_before is not None:
-        return _process.environ_before
-    _hear_parent()
-    return os.environ
-
-
-def _given(name: str) -> str | None:
-    """A variable that says something. An unreplaced template would be one name for everybody."""
-    text = _own_environ().get(name)
-    if text is not None and is_unset(text) and text.strip().startswith("{{"):
-        raise UsageError(f"{name}={text!r} is a template that nobody replaced.")
-    return None if is_unset(text) else text
-
-
-def _of_process() -> TaskContext | None:
-    """The task of this whole process: from its environment, or from the engine."""
-    environ = _own_environ()
+def _of_environment(said: EngineTask | None) -> TaskContext | None:
+    """The task that this process is called in its environment."""
+    environ = own_environ()
     if environ.get(AMBIGUOUS):
         raise AmbiguousIdentityError(
             f"The parent of this process ran {environ[AMBIGUOUS]} tasks at once; this one could belong to any of them.",
             hint="Start it with env={**os.environ, **taskckpt.ctx().environ()}.",
         )
-    key, task = _given(KEY), _given(TASK)
-    engine = None if key or task else engines.detect()
-    if not (key or task or engine):
-        return None
-    by_engine = engine.engine if engine else "unknown"
-    return _once(
-        _made(
-            task=key or task or (engine.task if engine else ""),
-            key=key,
-            attempt=_attempt_from(environ) if environ.get(ATTEMPT) else engine.attempt if engine else None,
-            origins={
-                "task": KEY if key else TASK if task else by_engine,
-                "attempt": ATTEMPT if environ.get(ATTEMPT) else by_engine,
-            },
-            keep=_keep_from(environ),
+    key, task = given(KEY), given(TASK)
+    if key and task:
+        raise UsageError(
+            f"{KEY}={key!r} and {TASK}={task!r} contradict each other: a task has a key or a name.",
+            hint="Unset one of them.",
         )
+    if not (key or task):
+        return None
+    attempt_origin = ATTEMPT if environ.get(ATTEMPT) else said.engine if said is not None else "unknown"
+    made = _made(
+        said,
+        task=key or task or "",
+        key=key,
+        attempt=_attempt_from(environ) if environ.get(ATTEMPT) else said.attempt if said is not None else None,
+        origins={"task": KEY if key else TASK, "attempt": attempt_origin},
+        keep=_keep_from(environ),
     )
+    return _once(made)
 
 
-def _once(context: TaskContext, options: Options | None = None) -> TaskContext:
+def _once(context: TaskContext, settings: Settings | None = None) -> TaskContext:
     """The same context for the same task all through this process; its children join its claim."""
-    with _process.lock:
+    with _process.exclusively():
         identity = _which(context)
-        known = _process.contexts.get(identity)
+        known = _process.process.contexts.get(identity)
         if known is None:
-            known = replace(context, _handed_nonce=_handed_nonce(context), _of_process=True)
-            _process.contexts[identity] = known
-        return _expect_same(known, options or {})
+            known = replace(context, _handed_nonce=_process.handed_nonce(context), _of_process=True)
+            _process.process.contexts[identity] = known
+        return _expect_same(known, settings or {})
 
 
 def _which(context: TaskContext) -> tuple[str, ...]:
     return str(context.place), str(context.attempt), context._within  # noqa: SLF001
-
-
-def _digest(context: TaskContext) -> str:
-    """Names one attempt of one task, without telling what it is called."""
-    return hashlib.sha256(f"{context.place.record_uri} {context.attempt}".encode()).hexdigest()[:16]
-
-
-def _handed_nonce(context: TaskContext) -> str | None:
-    return _parsed_claims().get(_digest(context))
-
-
-def _hand_down_claim(context: TaskContext) -> None:
-    """Once this process has the task, its children join it. Whoever only looks hands nothing down: a launcher
-    that looked would make one attempt of all those that it starts.
-    """
-    with _process.lock:
-        if context._handed_nonce is None:  # noqa: SLF001
-            _process.own_nonces.add(context._nonce)  # noqa: SLF001
-        _process.claims.pop(_digest(context), None)
-        _process.claims[_digest(context)] = context
-        while len(_process.claims) > MOST_CLAIMS:
-            del _process.claims[next(iter(_process.claims))]
-        os.environ[CLAIMS] = _claims()
-
-
-def _parsed_claims() -> dict[str, str]:
-    """What the parents of this process handed down, without what it put there itself."""
-    parts = [part.partition(":") for part in _own_environ().get(CLAIMS, "").split()]
-    return {digest: nonce for digest, _, nonce in parts if nonce not in _process.own_nonces}
-
-
-def _claims(*more: TaskContext) -> str:
-    """The newest claims of this process and of its parents, for children: they join what they find here."""
-    with _process.lock:
-        running = [one.context for one in _process.running.values()]
-        held = [*_process.claims.items(), *((_digest(one), one) for one in (*running, *more))]
-        own = {digest: one._nonce for digest, one in held}  # noqa: SLF001
-        handed = {digest: nonce for digest, nonce in _parsed_claims().items() if digest not in own}
-    return " ".join([f"{digest}:{nonce}" for digest, nonce in (handed | own).items()][-MOST_CLAIMS:])
 
 
 def _attempt_from(environ: Mapping[str, str]) -> int:
@@ -462,72 +564,3 @@ def _keep_from(environ: Mapping[str, str]) -> int | KeepPolicy | None:
         return policy.n if isinstance(policy, LatestN) else policy
     except UsageError as error:
         raise UsageError(f"{KEEP}={text!r}: {error.message}", hint=error.hint) from error
-
-
-@contextmanager
-def running(context: TaskContext) -> Generator[TaskContext]:
-    """Makes ``context`` the current task: for this code, the threads and the processes that it starts."""
-    # This thread too: here the context variable tells, and other coroutines of its event loop are not in the task.
-    older = weakref.WeakSet(threading.enumerate())
-    with _process.lock:
-        _process.running[id(context)] = _Running(context, older, _strand())
-        _export()
-    token = _current.set(context)
-    try:
-        yield context
-    finally:
-        _current.reset(token)
-        if "checkpoint" in vars(context):  # made when it was first asked for
-            context.checkpoint._end()  # noqa: SLF001
-        with _process.lock:
-            del _process.running[id(context)]
-            # A key that was used in this attempt: the children of the next one must not join it.
-            within = context._nonce  # noqa: SLF001
-            _process.claims = {d: one for d, one in _process.claims.items() if one._within != within}  # noqa: SLF001
-            _export()
-
-
-def _export() -> None:
-    """Puts the one running task into the environment, or takes everything out again."""
-    if _process.environ_before is None:
-        _process.environ_before = dict(os.environ)
-    values = {name: _process.environ_before.get(name) for name in _HANDED_DOWN}
-    innermost = _innermost(list(_process.running.values()))
-    if innermost:
-        unclear = dict.fromkeys((TASK, KEY, ATTEMPT)) | {AMBIGUOUS: str(len(innermost))}
-        values |= innermost[0].environ() if len(innermost) == 1 else unclear
-    values[CLAIMS] = _claims() or None
-    _set_environ(values)
-    _tell_children(values)
-    if not innermost:
-        _process.environ_before = None
-
-
-def _set_environ(values: Mapping[str, str | None]) -> None:
-    for name, value in values.items():
-        if value:
-            os.environ[name] = value
-        else:
-            os.environ.pop(name, None)
-
-
-# A fork server gives its children the environment of the moment when it was started, perhaps by another
-# task. So the values also go the way that multiprocessing hands its own settings (as the authkey) down.
-_SETTING = "taskckpt"
-
-
-def _tell_children(values: Mapping[str, str | None]) -> None:
-    multiprocessing = sys.modules.get("multiprocessing.process")
-    if multiprocessing is not None:
-        vars(multiprocessing.current_process())["_config"][_SETTING] = dict(values)
-
-
-def _hear_parent() -> None:
-    """Once, in a child of a fork server: takes over what the parent told it."""
-    if _process.heard_parent_in == os.getpid():
-        return
-    _process.heard_parent_in = os.getpid()
-    multiprocessing = sys.modules.get("multiprocessing.process")
-    parent = multiprocessing.parent_process() if multiprocessing is not None else None
-    if multiprocessing is not None and parent is not None and parent.pid != os.getppid():
-        _set_environ(vars(multiprocessing.current_process())["_config"].get(_SETTING, {}))

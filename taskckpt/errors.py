@@ -52,7 +52,7 @@ class TaskckptError(Exception):
     def __str__(self) -> str:
         text = self.message
         if self.uri is not None and self.uri not in text:
-            text += f" [{self.uri}]"
+            text += f" ({self.uri})"  # in brackets a path would be taken for markup by loggers that know some
         if self.hint is not None:
             text += f" Hint: {self.hint}"
         return text

@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from taskckpt import context
+from taskckpt import _process
 from taskckpt.errors import MissingDependencyError
 from tests.servers import S3, START, Address, OwnServers, Servers, SharedServers
 
@@ -138,8 +138,8 @@ def s3_bucket(s3_server: S3Server, new_bucket: Callable[[S3Server], str]) -> str
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     os.umask(0o022)
-    context._process.claims.clear()
-    context._process.implicit_base = None  # or it would be the folder of the first test
+    _process.process.claims.clear()
+    _process.process.implicit_base = None  # or it would be the folder of the first test
     memory = sys.modules.get("fsspec.implementations.memory")
     if memory is not None:  # it lists all that was ever saved in this process, which takes longer and longer
         memory.MemoryFileSystem.store.clear()

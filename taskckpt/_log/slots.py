@@ -64,16 +64,24 @@ class SlotWriter:
         claim_nonce: Names the attempt; its child processes share it.
         about: Said in every record, for people.
         sources: Where the task's state comes from if this log has none.
+        stale: What is raised once a newer attempt has the task.
     """
 
     def __init__(
-        self, store: Store, *, claim_nonce: str, about: Mapping[str, Any], sources: tuple[str, ...] = ()
+        self,
+        store: Store,
+        *,
+        claim_nonce: str,
+        about: Mapping[str, Any],
+        sources: tuple[str, ...] = (),
+        stale: type[StaleAttemptError] = StaleAttemptError,
     ) -> None:
         self.reader = LogReader(store)
         self._store = store
         self._nonce = claim_nonce
         self._about = about
         self._sources = sources
+        self._stale_error = stale
         self._writer = new_nonce()
         self._claim: ClaimId | None = None
         self._first = self._last = 0
@@ -353,15 +361,18 @@ class SlotWriter:
             self._fenced_hint = (
                 "Make one Checkpoint and share it; to look at a task without taking it over: read_only=True."
             )
-            return self._stale()
-        who = "" if record is None else f" ({_who(record)})"
-        self._fenced_by = f"A newer attempt took this task over{who}; this one can save no more."
-        self._fenced_hint = "Let this process end; do not retry it."
-        return self._stale()
+        else:
+            who = "" if record is None else f" ({_who(record)})"
+            self._fenced_by = f"A newer attempt took this task over{who}; this one can save no more."
+            self._fenced_hint = "Let this process end; do not retry it."
+        error = self._stale()
+        # An engine that sees by the error's type that it must not retry may say no word of it.
+        logger.warning("%s", error)
+        return error
 
     def _stale(self) -> StaleAttemptError:
         assert self._fenced_by is not None
-        return StaleAttemptError(self._fenced_by, uri=self._store.uri, hint=self._fenced_hint)
+        return self._stale_error(self._fenced_by, uri=self._store.uri, hint=self._fenced_hint)
 
     def _refuse_if_fenced(self) -> None:
         if self._fenced_by is not None:

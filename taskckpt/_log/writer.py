@@ -64,6 +64,7 @@ class TaskLog(SlotWriter):
         about: Said in every record, for people.
         sources: Where the task's state comes from if this log has none.
         resumed_from: What another process of this attempt has loaded.
+        stale: What is raised once a newer attempt has the task.
     """
 
     def __init__(
@@ -75,8 +76,9 @@ class TaskLog(SlotWriter):
         about: Mapping[str, Any],
         sources: tuple[str, ...] = (),
         resumed_from: Commit | str | None = None,
+        stale: type[StaleAttemptError] = StaleAttemptError,
     ) -> None:
-        super().__init__(store, claim_nonce=claim_nonce, about=about, sources=sources)
+        super().__init__(store, claim_nonce=claim_nonce, about=about, sources=sources, stale=stale)
         self._policy = policy
         self._retention: Retention | None = None
         # What the next save goes on from, and what of that this attempt has loaded.

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
-from taskckpt.cli import _change, _look, _pull, _verify
+from taskckpt.cli import _change, _engines, _look, _pull, _run, _save, _verify
 from taskckpt.cli._exits import BROKEN_PIPE, MEANINGS, code_of, tell
 from taskckpt.cli._output import notice
 from taskckpt.errors import TaskckptWarning
@@ -42,7 +42,8 @@ class Commands(click.Group):
         """Runs one command, and ends the process."""
         _open_closed_streams()
         words = list(sys.argv[1:] if args is None else args)
-        as_json, debug = "--json" in words, "--debug" in words
+        own = words[: words.index("--")] if "--" in words else words  # what follows may be a command's
+        as_json, debug = "--json" in own, "--debug" in own
         try:
             with _warnings_told(as_json=as_json):
                 code = super().main(words, *more, **{**named, "standalone_mode": False})
@@ -89,6 +90,7 @@ def _warnings_told(*, as_json: bool) -> Generator[None]:
     commands=[
         *(_look.ls, _look.show, _pull.pull, _verify.verify, _change.prune),
         *(_change.rollback, _change.pin, _change.unpin, _change.clear, _look.du),
+        *(_engines.engines, _run.run, _save.save, _save.load),
     ],
     epilog=EPILOG,
     invoke_without_command=True,

@@ -24,6 +24,10 @@ FAILED = 1
 USAGE = 2
 CORRUPT = 4
 DECLINED = 10
+MISSING = 11
+CANNOT_RUN = 126  # as shells have it, and so the next
+NO_SUCH_COMMAND = 127
+OF_SIGNAL = 128  # and the number of the signal that killed it
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
@@ -51,6 +55,9 @@ MEANINGS = {
     8: "a newer taskckpt, or another library, is needed to read it",
     9: "the target folder is not empty",
     DECLINED: "you answered no: nothing was done",
+    MISSING: "engines: something is missing for a retry to resume",
+    CANNOT_RUN: "run: the command cannot be run",
+    NO_SUCH_COMMAND: "run: there is no such command",
     INTERRUPTED: "interrupted (Ctrl-C)",
     BROKEN_PIPE: "whoever read the output left",
 }
@@ -111,6 +118,6 @@ def tell(error: BaseException, *, as_json: bool, debug: bool) -> None:
     if as_json:
         click.echo(json.dumps(about), err=True)
         return
-    where = f" [{about['uri']}]" if about["uri"] and about["uri"] not in (about["message"] or "") else ""
+    where = f" ({about['uri']})" if about["uri"] and about["uri"] not in (about["message"] or "") else ""
     hint = f" Hint: {about['hint']}" if about["hint"] else ""
     click.echo(plain(f"error: {about['message']}{where}{hint}"), err=True)

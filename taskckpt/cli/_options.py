@@ -39,7 +39,7 @@ def pointing(function: F) -> F:
         "--timeout",
         "timeout_s",
         metavar="SECONDS",
-        callback=_seconds,
+        callback=seconds,
         default="300",
         show_default=True,
         help="How long one request to the store may take.",
@@ -55,14 +55,26 @@ def pointing(function: F) -> F:
     return command  # type: ignore[return-value]
 
 
-def _seconds(_context: click.Context, _parameter: click.Parameter, text: str) -> float:
+def seconds(_context: click.Context, _parameter: click.Parameter, text: str) -> float:
+    """For how long something may take."""
     try:
-        seconds = float(text)
+        number = float(text)
     except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
+        number = math.nan
+    if not 0 < number < math.inf:
         raise click.BadParameter(f"{plain(text)!r} must be a number of seconds above 0.")
-    return seconds
+    return number
+
+
+def seconds_from_0(_context: click.Context, _parameter: click.Parameter, text: str) -> float:
+    """For a time to wait, which may be none."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise click.BadParameter(f"{plain(text)!r} must be a number of seconds from 0 on.")
+    return number
 
 
 def _storage_options(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:

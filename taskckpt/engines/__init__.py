@@ -1,4 +1,4 @@
-"""Workflow engines: each tells which task it is running right now. A small registry; the core knows no engine.
+"""Workflow engines: each tells which task it is running right now. The core knows none of them.
 
 An engine is a function without arguments that gives an ``EngineTask``, or None if it runs nothing in
 this thread. It only asks modules that are imported already, and never the network.
@@ -8,58 +8,231 @@ this thread. It only asks modules that are imported already, and never the netwo
 >>> engines.detect().task
 'etl'
 >>> engines.unregister("nightly")
+
+Others can publish theirs: a package names such a function in its entry points of the group ``taskckpt.engines``.
+
+Several may answer at once, a Prefect task on a Dask worker in a Slurm job. The innermost one that plans
+tasks gives run, task and attempt; a launcher (torchrun) and the systems around give the rank and, where the
+innermost offers none, the base. From the inside out:
+
+1. what was registered, the last first; 2. engines of entry points; 3. workflow engines; 4. queues and
+clusters (``ORDER``); 5. launchers, batch systems and clouds, which say what they know in the environment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+import importlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from taskckpt.engines._task import PROCESS, EngineTask, ending, name_of
 from taskckpt.errors import UsageError
 
+__all__ = [
+    "ENGINE",
+    "PROCESS",
+    "EngineTask",
+    "detect",
+    "ending",
+    "explain",
+    "name_of",
+    "names",
+    "register",
+    "unregister",
+]
 
-@dataclass(frozen=True, slots=True)
-class EngineTask:
-    """What an engine knows of the task that it is running.
-
-    Attributes:
-        engine: The engine's name.
-        run: The run that the task belongs to.
-        task: The task's identity within the run: the same on every retry, and no other task's.
-        attempt: Counted from 0, or None if the engine does not tell.
-        base: A durable place that the engine offers, or None.
-    """
-
-    engine: str
-    run: str
-    task: str
-    attempt: int | None = None
-    base: str | None = None
-
+# Names the one engine that counts, or "none".
+ENGINE = "TASKCKPT_ENGINE"
+NONE = "none"
 
 Resolver: TypeAlias = Callable[[], EngineTask | None]
 
-_resolvers: dict[str, Resolver] = {}
+# The engines of Python, from the inside out: what plans tasks before what only runs them. For each the module
+# that is imported wherever it runs a task, and ours, which has a function find().
+ORDER = {
+    "flyte": "flyte",
+    "flytekit": "flytekit",
+    "metaflow": "metaflow",
+    "prefect": "prefect",
+    "airflow": "airflow",
+    "dagster": "dagster",
+    "dagster-pipes": "dagster_pipes",
+    "temporal": "temporalio",
+    "snakemake": "snakemake",
+    "celery": "celery",
+    "dramatiq": "dramatiq",
+    "huey": "huey",
+    "rq": "rq",
+    "ray": "ray",
+    "dask": "distributed",
+}
+
+_registered: dict[str, Resolver] = {}
 
 
 def register(name: str, resolver: Resolver) -> None:
     """Adds an engine; those registered later are asked first (they are the inner ones)."""
     if not callable(resolver):
         raise UsageError(f"The resolver of engine {name!r} is not callable.")
-    _resolvers[name] = resolver
+    _registered.pop(name, None)
+    _registered[name] = resolver
 
 
 def unregister(name: str) -> None:
-    """Removes an engine. An unknown name is an error."""
-    if _resolvers.pop(name, None) is None:
-        raise UsageError(f"There is no engine {name!r}.", hint=f"There are: {', '.join(_resolvers) or 'none'}.")
+    """Removes an engine that was registered. An unknown name is an error."""
+    if _registered.pop(name, None) is None:
+        raise UsageError(f"There is no engine {name!r}.", hint=f"There are: {', '.join(_registered) or 'none'}.")
+
+
+def names() -> list[str]:
+    """Every engine that could answer here, from the inside out."""
+    return [one.name for one in _all()]
 
 
 def detect() -> EngineTask | None:
-    """What the innermost engine says of the task running in this thread; None outside of any."""
-    for resolver in reversed(_resolvers.values()):
-        found = resolver()
-        if found is not None:
-            return found
-    return None
+    """What the engines say together of the task running in this thread; None outside of any.
+
+    Raises:
+        UsageError: ``TASKCKPT_ENGINE`` names no engine, or one that does not run here; or an engine gave nonsense.
+    """
+    chosen = os.environ.get(ENGINE, "").strip()
+    if chosen == NONE:
+        return None
+    if chosen:
+        return _the_one(chosen)
+    return _joined([(one.layer, task) for one in _all() if (task := one.ask()) is not None])
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one engine says here and now.
+
+    Attributes:
+        name: The engine.
+        layer: ``"task"``, ``"launcher"`` or ``"system"``.
+        task: What it runs in this thread; None if nothing.
+        error: Why it could not say, if it could not.
+    """
+
+    name: str
+    layer: str
+    task: EngineTask | None = None
+    error: Exception | None = None
+
+
+def survey() -> list[Finding]:
+    """What each engine says, by itself: for people who wonder why a task does not resume."""
+    found = []
+    for one in _all():
+        try:
+            found.append(Finding(one.name, one.layer, one.ask()))
+        except Exception as error:  # noqa: BLE001 - one that fails must not hide the others
+            found.append(Finding(one.name, one.layer, error=error))
+    return found
+
+
+def explain() -> str:
+    """What ``taskckpt engines`` tells, from within: which task this is, who says so, and what is missing to resume."""
+    from taskckpt.cli import _explain
+
+    return _explain.text(_explain.explain())
+
+
+@dataclass(frozen=True, slots=True)
+class _Engine:
+    name: str
+    layer: str
+    ask: Resolver
+
+
+def _all() -> Iterator[_Engine]:
+    for name, resolver in reversed(_registered.items()):
+        yield _Engine(name, "task", functools.partial(_checked, name, resolver))
+    for name, resolver in _published().items():
+        yield _Engine(name, "task", functools.partial(_checked, name, resolver))
+    for name, module in ORDER.items():
+        yield _Engine(name, "task", functools.partial(_ask, name, module))
+    from taskckpt.engines import environment
+
+    for system in environment.SYSTEMS:
+        yield _Engine(system.name, system.layer, functools.partial(environment.find, system))
+
+
+def _ask(name: str, module: str) -> EngineTask | None:
+    """Asks one of our own, if its engine is imported here: else it cannot run anything in this process."""
+    if module not in sys.modules:
+        return None
+    ours = importlib.import_module(f"taskckpt.engines.{name.replace('-', '_')}")
+    found: EngineTask | None = ours.find()
+    return found
+
+
+def _checked(name: str, resolver: Resolver) -> EngineTask | None:
+    found = resolver()
+    if found is not None and not isinstance(found, EngineTask):
+        raise UsageError(f"The engine {name!r} gave a {type(found).__name__}; it must give an EngineTask, or None.")
+    return found
+
+
+@functools.cache
+def _published() -> dict[str, Resolver]:
+    """The engines that installed packages offer. Looked for once: that reads the metadata of all of them."""
+    from importlib.metadata import entry_points
+
+    return {point.name: point.load() for point in entry_points(group="taskckpt.engines")}
+
+
+def _the_one(name: str) -> EngineTask:
+    engines = list(_all())
+    chosen = next((one for one in engines if one.name == name), None)
+    if chosen is None:
+        known = ", ".join(one.name for one in engines)
+        raise UsageError(f"{ENGINE}={name!r} is no engine.", hint=f"There are: {known}; or {NONE}.")
+    said = chosen.ask()
+    if said is None:
+        raise UsageError(
+            f"{ENGINE}={name!r}, and {name} does not run this code.",
+            hint=f"`taskckpt engines` shows what does; {ENGINE}={NONE} goes without any.",
+        )
+    others = [(one.layer, found) for one in engines if one.layer == "launcher" and (found := one.ask()) is not None]
+    joined = _joined([("task", said), *others])
+    assert joined is not None
+    return joined
+
+
+def _joined(said: list[tuple[str, EngineTask]]) -> EngineTask | None:
+    """One answer of several, which are in order from the inside out."""
+    layers = ("task", "launcher", "system")
+    planners, launchers, systems = ([task for at, task in said if at == layer] for layer in layers)
+    if not said:
+        return None
+    inner = _innermost(planners) or next(iter([*systems, *launchers]))
+    # A worker of a cluster engine may be a rank of its batch job; the tasks that it runs are not.
+    ranked = next((one for one in [*launchers, inner] if one.rank is not None), inner)
+    based = next((one for one in [inner, *systems] if one.base is not None), inner)
+    sources = {**inner.sources, **_told(ranked, "rank", "world_size"), **_told(based, "base")}
+    return replace(
+        inner, rank=ranked.rank, world_size=ranked.world_size, base=based.base, base_is_of_run=based.base_is_of_run,
+        sources=sources,
+    )  # fmt: skip
+
+
+def _told(task: EngineTask, *values: str) -> dict[str, str]:
+    return {value: task.sources[value] for value in values if value in task.sources}
+
+
+def _innermost(planners: list[EngineTask]) -> EngineTask | None:
+    """The first; but what an engine says in all threads is no news in one that another engine runs a task in."""
+    if threading.current_thread() is not threading.main_thread():
+        own = next((one for one in planners if not one.in_all_threads), None)
+        around = next((one for one in planners if one.in_all_threads), None)
+        if own is not None and around is not None and planners.index(around) < planners.index(own):
+            # Both: the same call of a cluster in two tasks of a workflow is two tasks.
+            return replace(own, run=name_of(around.run, own.run), task=name_of(around.task, own.task), origin_run=None)
+        return own or around
+    return next(iter(planners), None)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from taskckpt import _workspace, context
-from taskckpt._attempt import Attempt
+from taskckpt._attempt import Attempt, Owner
 from taskckpt._checkpoint import Checkpoint
 from taskckpt._keep import KeepPolicy, policy_of
 from taskckpt._layout import folder_name
@@ -272,7 +272,7 @@ class Stage:
             storage_options=dict(self._place.storage_options),
             timeout_s=self._place.timeout_s,
             read_only=read_only,
-            about=None if self.name is None else {OURS: name_to_json(self.name)},
+            owner=None if self.name is None else Owner(about={OURS: name_to_json(self.name)}),
         )
         return Checkpoint._with(attempt)  # noqa: SLF001 - an attempt that says which stage it is at
 

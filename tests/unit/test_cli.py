@@ -919,6 +919,9 @@ def test_every_exit_code_is_reached(base, train, tmp_path, moto, new_bucket, mon
         first = path.read_bytes().partition(b"\n")[0].replace(b'"format": 1', b'"format": 99') + b"\n"
         path.write_bytes(first + json.dumps({"blake3": blake3(first).hexdigest()}).encode() + b"\n")
     reach("show", base / "by-key" / "report")
+    reach("engines")
+    reach("run", "--key", "a", "--", "no-such-command")
+    reach("run", "--key", "a", "--", tmp_path)
     assert set(reached) == set(_exits.MEANINGS) - {_exits.DECLINED, _exits.INTERRUPTED, _exits.BROKEN_PIPE}, reached
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import taskckpt
-from taskckpt import Checkpoint, TaskContext, checkpoint, context, ctx, engines, task
+from taskckpt import Checkpoint, TaskContext, _process, checkpoint, context, ctx, engines, task
 from taskckpt._log import records as _records
 from taskckpt.engines import EngineTask
 from taskckpt.errors import (
@@ -32,10 +32,10 @@ HANDED_DOWN = {f"TASKCKPT_{name}" for name in ("BASE", "RUN", "TASK", "ATTEMPT",
 
 @pytest.fixture(autouse=True)
 def _process_as_new(monkeypatch):
-    monkeypatch.setattr(context._process, "implicit_base", None)
-    monkeypatch.setattr(context._process, "contexts", {})
+    monkeypatch.setattr(_process.process, "implicit_base", None)
+    monkeypatch.setattr(_process.process, "contexts", {})
     yield
-    assert not context._process.running, "a task was left behind as running"
+    assert not _process.process.running, "a task was left behind as running"
 
 
 @pytest.fixture

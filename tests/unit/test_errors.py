@@ -117,7 +117,7 @@ def test_pickled_with_everything(cls, protocol):
 def test_text_names_uri_and_hint(cls):
     assert str(cls("what happened")) == "what happened"
     error = cls("what happened", uri="s3://bucket/a", hint="do this")
-    assert str(error) == "what happened [s3://bucket/a] Hint: do this"
+    assert str(error) == "what happened (s3://bucket/a) Hint: do this"
     assert str(cls("no s3://bucket/a here", uri="s3://bucket/a")) == "no s3://bucket/a here"
     assert repr(cls("what happened")) == f"{cls.__name__}('what happened')"
 

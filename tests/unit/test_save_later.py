@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 import taskckpt
-from taskckpt import Checkpoint, PendingSave, StaleAttemptError, _later, _pending, context, task
+from taskckpt import Checkpoint, PendingSave, StaleAttemptError, _later, _pending, _process, task
 from taskckpt.errors import (
     NotFoundError,
     StillPendingError,
@@ -748,7 +748,7 @@ def test_a_forked_child_has_none_of_them(place, cp, store):
 
 @pytest.fixture
 def _tasks(monkeypatch, tmp_path):
-    monkeypatch.setattr(context, "_process", context._Process())
+    monkeypatch.setattr(_process, "process", _process.Process())
     monkeypatch.setenv("TASKCKPT_BASE", str(tmp_path / "base"))
 
 

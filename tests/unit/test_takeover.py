@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import taskckpt
-from taskckpt import Checkpoint, StaleAttemptError, context, task
-from taskckpt.context import CLAIMS, MOST_CLAIMS
+from taskckpt import Checkpoint, StaleAttemptError, _process, task
+from taskckpt._process import CLAIMS, MOST_CLAIMS
 from taskckpt.errors import CommitUnknownError, DeniedError, StorageFullError, UnavailableError, UsageError
 from taskckpt.testing import intercepted
 from tests.interrupts import interrupted_at, press_ctrl_c
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture(autouse=True)
 def _process_as_new(monkeypatch, tmp_path):
-    monkeypatch.setattr(context, "_process", context._Process())
+    monkeypatch.setattr(_process, "process", _process.Process())
     monkeypatch.setenv("TASKCKPT_BASE", str(tmp_path / "base"))
     before = dict(os.environ)
     yield
@@ -116,7 +116,7 @@ def test_many_keys_do_not_fill_the_environment():
     assert CLAIMS not in os.environ
     for number in range(2 * MOST_CLAIMS):
         held = taskckpt.checkpoint(f"item-{number}")
-        context._hand_down_claim(taskckpt.context._keyed(f"item-{number}"))
+        _process.hand_down_claim(taskckpt.context._keyed(f"item-{number}"))
     claims = os.environ[CLAIMS].split()
     assert len(claims) == MOST_CLAIMS
     assert claims[-1].endswith(held._attempt.claim_nonce), "the newest stay"

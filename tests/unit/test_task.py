@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taskckpt import TaskContext, _identity, checkpoint, context, ctx, task
+from taskckpt import TaskContext, _identity, _process, checkpoint, ctx, task
 from taskckpt._identity import identity_of
 from taskckpt._operation import Stopped
 from taskckpt.errors import (
@@ -41,7 +41,7 @@ HERE = __name__
 @pytest.fixture(autouse=True)
 def _own_base(tmp_path, monkeypatch):
     monkeypatch.setenv("TASKCKPT_BASE", str(tmp_path / "base"))
-    monkeypatch.setattr(context._process, "contexts", {})
+    monkeypatch.setattr(_process.process, "contexts", {})
     with instant_retries():
         yield
 
