@@ -41,7 +41,7 @@ test-datarax: $(DATARAX_VENV)/.datarax
 	$(DATARAX_VENV)/bin/python -m pytest -q tests/datarax tests/test_seed_datarax.py $(ARGS)
 
 test-engines: $(VENV)/.dev $(ENGINES:%=$(ENGINES_VENVS)/%/.installed)
-	$(BIN)/pytest -n auto --dist worksteal tests/engines $(ARGS)
+	TASKCKPT_TEST_ENGINES="$(ENGINES)" $(BIN)/pytest -n auto --dist worksteal tests/engines $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)

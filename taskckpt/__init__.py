@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from taskckpt._task import task
     from taskckpt._when import Budget, EverySeconds, EverySteps
     from taskckpt.context import TaskContext, checkpoint, ctx
-    from taskckpt.errors import StaleAttemptError, TaskckptError, TaskckptWarning
+    from taskckpt.errors import AmbiguousIdentityError, StaleAttemptError, TaskckptError, TaskckptWarning
     from taskckpt.iterators import CheckpointableIterator, IteratorCheckpoint, PipelineCheckpoint
     from taskckpt.latest import latest_checkpoint
     from taskckpt.stages import CheckpointManager
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "AmbiguousIdentityError",
     "BestN",
     "Budget",
     "Checkpoint",
@@ -72,6 +73,7 @@ _HOMES = {
     "PendingSave": "taskckpt._pending",
     "PipelineCheckpoint": "taskckpt.iterators",
     "PruneDecision": "taskckpt._history",
+    "AmbiguousIdentityError": "taskckpt.errors",
     "StaleAttemptError": "taskckpt.errors",
     "TaskContext": "taskckpt.context",
     "TaskckptError": "taskckpt.errors",

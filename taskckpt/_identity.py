@@ -28,16 +28,16 @@ def identity_of(function: Callable[..., Any], args: Any, kwargs: Any) -> str:
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     try:
-        arguments = ", ".join(f"{one}={_canonical(value, one)}" for one, value in bound.arguments.items())
+        arguments = ", ".join(f"{one}={canonical(value, one)}" for one, value in bound.arguments.items())
     except (RecursionError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"An argument cannot be named: {error}.", hint="Name the task: @task(key=...).") from error
-    captured = "".join(f" with {one}={value}" for one, value in _constants_around(function))
+    captured = "".join(f" with {one}={value}" for one, value in constants_around(function))
     return f"{name}({arguments}){captured} @ {_module_of(function)}"
 
 
-def _constants_around(function: Callable[..., Any]) -> Iterator[tuple[str, str]]:
+def constants_around(function: Callable[..., Any]) -> Iterator[tuple[str, str]]:
     """Captured variables that tell apart functions of one name: constants, and other functions by their names.
 
     Not those that the function itself assigns: they change from call to call.
@@ -48,7 +48,7 @@ def _constants_around(function: Callable[..., Any]) -> Iterator[tuple[str, str]]
         if name in assigned:
             continue
         if _is_constant(value):
-            yield name, _canonical(value, name)
+            yield name, canonical(value, name)
         elif inspect.isfunction(value):
             yield name, f"{value.__module__}.{value.__qualname__}"
 
@@ -73,7 +73,7 @@ def _module_of(function: Callable[..., Any]) -> str:
     return os.path.join(os.path.realpath(folder), name)
 
 
-def _canonical(value: object, name: str) -> str:
+def canonical(value: object, name: str) -> str:
     """A plain value as text, the same for equal values of the same type, and for no others."""
     match value:
         case None | bool() | int() | float() if type(value) in (type(None), bool, int, float):
@@ -85,13 +85,13 @@ def _canonical(value: object, name: str) -> str:
         case os.PathLike():
             return f"Path({_quoted(os.fsdecode(os.fspath(value)))})"
         case list() | tuple() if type(value) in (list, tuple):
-            inner = ", ".join(_canonical(item, f"{name}[{index}]") for index, item in enumerate(value))
+            inner = ", ".join(canonical(item, f"{name}[{index}]") for index, item in enumerate(value))
             return f"[{inner}]" if isinstance(value, list) else f"({inner},)"
         case dict() if type(value) is dict:
-            items = sorted((_canonical(k, name), _canonical(v, f"{name}[{k!r}]")) for k, v in value.items())
+            items = sorted((canonical(k, name), canonical(v, f"{name}[{k!r}]")) for k, v in value.items())
             return "{" + ", ".join(f"{k}: {v}" for k, v in items) + "}"
         case set() | frozenset() if type(value) in (set, frozenset):
-            return f"{type(value).__name__}({sorted(_canonical(item, name) for item in value)})"
+            return f"{type(value).__name__}({sorted(canonical(item, name) for item in value)})"
         case _:
             pass
     raise UsageError(

@@ -30,9 +30,11 @@ BASE, RUN, TASK, ATTEMPT, KEY, KEEP = (f"TASKCKPT_{n}" for n in ("BASE", "RUN", 
 CLAIMS = "TASKCKPT_CLAIMS"
 # An environment has room for so many, and a process rarely more than one.
 MOST_CLAIMS = 256
+# Which of several processes this is that do the task together, where nothing else tells its children.
+RANK = "TASKCKPT_RANK"
 # Set instead of a task where several ran at once, and a child could belong to any of them.
 AMBIGUOUS = "TASKCKPT_AMBIGUOUS"
-_HANDED_DOWN = (BASE, RUN, TASK, ATTEMPT, KEY, KEEP, CLAIMS, AMBIGUOUS)
+_HANDED_DOWN = (BASE, RUN, TASK, ATTEMPT, KEY, KEEP, RANK, CLAIMS, AMBIGUOUS)
 
 # More executions of an engine's tasks are not remembered, where nothing tells when one has ended.
 MOST_EXECUTIONS = 4096
@@ -71,6 +73,7 @@ class Process:
         self.claims: dict[str, TaskContext] = {}
         self.own_nonces: OrderedDict[str, None] = OrderedDict()
         self.heard_parent_in = 0
+        self.runs_parts = False
         self.warned: set[str] = set()
         self.named: dict[str, tuple[str, str]] = {}
 
@@ -294,17 +297,24 @@ def _export() -> None:
     values = {name: process.environ_before.get(name) for name in _HANDED_DOWN}
     candidates = list(process.running.values())
     innermost = _innermost(candidates)
-    if innermost:
-        unclear = dict.fromkeys((TASK, KEY, ATTEMPT)) | {
-            AMBIGUOUS: str(len(innermost)) if len(innermost) > 1 else "several"
-        }
-        is_clear = len(innermost) == 1 and all(one.alone for one in candidates)
-        values |= innermost[0].environ() if is_clear else unclear
+    if len(innermost) == 1 and all(one.alone for one in candidates):
+        values |= innermost[0].environ()
+    elif innermost or process.runs_parts:
+        number = str(len(innermost)) if len(innermost) > 1 else "several"
+        values |= dict.fromkeys((TASK, KEY, ATTEMPT)) | {AMBIGUOUS: number}
     values[CLAIMS] = claims() or None
     _set_environ(values)
     _tell_children(values)
-    if not innermost:
+    if not innermost and not process.runs_parts:
         process.environ_before = None
+
+
+def runs_parts() -> None:
+    """This process was told a task, and an engine runs parts of it here: children are of one of these, not of it."""
+    with exclusively():
+        if not process.runs_parts:
+            process.runs_parts = True
+            _export()
 
 
 def _set_environ(values: Mapping[str, str | None]) -> None:

@@ -184,8 +184,12 @@ class _Call:
         self._function = functools.partial(function, *args, **kwargs)
         self._key = _key_of(spec, args, kwargs)
         self._parent = context.around(has_key=self._key is not None, scope=spec.scope, on_clear=spec.on_clear)
-        said = engines.detect() if self._parent is None else self._parent.engine
+        seen = engines.look()
+        said = seen.task if self._parent is None else self._parent.engine
         self._engine = None if said is None else replace(said, execution=None)
+        self._rank, self._world_size = seen.rank, seen.world_size
+        if self._parent is not None:
+            self._rank, self._world_size = self._parent.rank, self._parent.world_size
         self._task = self._key or identity_of(function, args, kwargs)
         if self._key is None and self._parent is not None:
             self._task += context.inside(self._parent)
@@ -213,8 +217,6 @@ class _Call:
         base_of = self._parent if spec.base is None else None
         (run, run_origin), (base, base_origin) = self._run(), self._base()
         context.expect_lasting(self._key, base_origin, self._engine)
-        ranked = self._parent or self._engine
-        rank, world_size = (ranked.rank, ranked.world_size) if ranked is not None else (None, None)
         made = TaskContext(
             run=run,
             task=self._task,
@@ -231,8 +233,8 @@ class _Call:
             save_policy=spec.save_policy,
             storage_options=dict(spec.storage_options or (base_of.storage_options if base_of else {})),
             timeout_s=spec.timeout_s,
-            rank=rank,
-            world_size=world_size,
+            rank=self._rank,
+            world_size=self._world_size,
             engine=self._engine,
             parent=self._parent,
         )

@@ -20,9 +20,9 @@ from taskckpt import _process, engines
 from taskckpt._keep import KeepPolicy, LatestN, parse_policy
 from taskckpt._layout import LOCAL_RUN, keyed_prefix, task_prefix
 from taskckpt._log.slots import new_nonce
-from taskckpt._process import AMBIGUOUS, ATTEMPT, BASE, CLAIMS, KEEP, KEY, RUN, TASK, given, own_environ
+from taskckpt._process import AMBIGUOUS, ATTEMPT, BASE, CLAIMS, KEEP, KEY, RANK, RUN, TASK, given, own_environ
 from taskckpt._stores import Location, parse
-from taskckpt.engines import PROCESS, EngineTask
+from taskckpt.engines import PROCESS, EngineTask, Here
 from taskckpt.errors import (
     AmbiguousIdentityError,
     NoTaskContextError,
@@ -190,6 +190,7 @@ class TaskContext:
             TASK: self.task if self.key is None else "",
             KEY: self.key or "",
             ATTEMPT: "" if self.attempt is None else str(self.attempt),
+            RANK: "" if self.rank is None else str(self.rank),
             KEEP: "all" if self.keep is None else str(self.keep),
             CLAIMS: _process.claims(self),
             AMBIGUOUS: "",
@@ -255,7 +256,20 @@ def _one_of(value: str | None, variable: str, words: Any) -> Any:
 
 def _here(choice: _Choice, *, of_threads: bool = True) -> TaskContext | None:
     """The innermost of what the code, the engine, this thread and this process say."""
-    current, said = _process.current.get(), engines.detect()
+    seen = engines.look()
+    return _ranked(_innermost(seen.task, choice, of_threads=of_threads), seen)
+
+
+def _ranked(found: TaskContext | None, seen: Here) -> TaskContext | None:
+    """A process learns its rank late perhaps: its parent was told who it is before there were any."""
+    if found is None or seen.rank is None or found.rank is not None:
+        return found
+    nonce = found._nonce  # noqa: SLF001
+    return _once(replace(found, rank=seen.rank, world_size=seen.world_size, _handed_nonce=nonce, _within=nonce))
+
+
+def _innermost(said: EngineTask | None, choice: _Choice, *, of_threads: bool) -> TaskContext | None:
+    current = _process.current.get()
     if said is not None and not said.in_environment and not (current is not None and _is_around(current, said)):
         return _of_engine(said, current, choice)
     return current or (_process.of_thread() if of_threads else None) or _of_process(said, choice)
@@ -288,6 +302,8 @@ def _of_engine(said: EngineTask, current: TaskContext | None, choice: _Choice) -
         if (outer.run, outer.task, outer.key) == (made.run, made.task, None):
             return outer  # a process above this one was the same task, and said so
         origins = {**made.origins, **{name: outer.origins.get(name, MADE_UP) for name in ("run", "base")}}
+        if current is None:
+            _process.runs_parts()
         # The engine's own run, too: its tasks may be called alike in each.
         task = f"{engines.name_of(said.run, said.task)}{inside(outer)}"
         made = replace(made, run=outer.run, task=task, base=outer.base, origins=origins, parent=outer)
@@ -318,7 +334,8 @@ def _made_of(said: EngineTask, choice: _Choice) -> TaskContext:
     run = made.run
     if choice.scope == "lineage" and made.origins["run"] == said.engine:
         run = said.origin_run or run
-    return replace(made, run=run, _is_ambiguous=said.ambiguous is not None)
+    is_settled = choice.scope == "lineage" and said.lineage_settles and said.origin_run is not None
+    return replace(made, run=run, _is_ambiguous=said.ambiguous is not None and not is_settled)
 
 
 def inside(outer: TaskContext) -> str:
@@ -418,10 +435,11 @@ def _keyed(key: str, settings: Settings | None = None, *, per_rank: bool = False
             f"key={key!r} is a URL, and a key is a name.",
             hint="Use Checkpoint(url); or set TASKCKPT_BASE to the URL and name the task.",
         )
-    said = engines.detect()
+    seen = engines.look()
     current = _here(_Choice.of(None, None))  # ambiguous perhaps, which the key mends
     if current is None:
-        made = _made(said, task=key, key=key, attempt=None, origins={"task": "key=", "attempt": "unknown"})
+        made = _made(seen.task, task=key, key=key, attempt=None, origins={"task": "key=", "attempt": "unknown"})
+        made = replace(made, rank=seen.rank, world_size=seen.world_size)
         return _once(_of_rank(replace(made, **settings), per_rank=per_rank), settings)
     if current.key == key:
         return _expect_same(current, settings)
@@ -497,13 +515,18 @@ def _made(
 
 def _of_process(said: EngineTask | None, choice: _Choice) -> TaskContext | None:
     """The task of this whole process: from its environment, or from a system that runs it."""
+    if _process.process.runs_parts:
+        raise AmbiguousIdentityError(
+            "An engine runs parts of a task in this process, and this thread could belong to any of them.",
+            hint="Hand the thread its checkpoint.",
+        )
     found = _of_environment(said)
     if found is not None or said is None:
         return found
     made = _made_of(said, choice)
     environ = own_environ()
     if environ.get(ATTEMPT):
-        made = replace(made, attempt=_attempt_from(environ), origins={**made.origins, "attempt": ATTEMPT})
+        made = replace(made, attempt=_number_from(environ, ATTEMPT), origins={**made.origins, "attempt": ATTEMPT})
     return _once(replace(made, keep=_keep_from(environ)))
 
 
@@ -523,16 +546,17 @@ def _of_environment(said: EngineTask | None) -> TaskContext | None:
         )
     if not (key or task):
         return None
+    told_rank = _number_from(environ, RANK) if environ.get(RANK) else None
     attempt_origin = ATTEMPT if environ.get(ATTEMPT) else said.engine if said is not None else "unknown"
     made = _made(
         said,
         task=key or task or "",
         key=key,
-        attempt=_attempt_from(environ) if environ.get(ATTEMPT) else said.attempt if said is not None else None,
+        attempt=_number_from(environ, ATTEMPT) if environ.get(ATTEMPT) else said.attempt if said is not None else None,
         origins={"task": KEY if key else TASK, "attempt": attempt_origin},
         keep=_keep_from(environ),
     )
-    return _once(made)
+    return _once(made if made.rank is not None else replace(made, rank=told_rank))
 
 
 def _once(context: TaskContext, settings: Settings | None = None) -> TaskContext:
@@ -541,7 +565,8 @@ def _once(context: TaskContext, settings: Settings | None = None) -> TaskContext
         identity = _which(context)
         known = _process.process.contexts.get(identity)
         if known is None:
-            known = replace(context, _handed_nonce=_process.handed_nonce(context), _of_process=True)
+            handed = context._handed_nonce or _process.handed_nonce(context)  # noqa: SLF001
+            known = replace(context, _handed_nonce=handed, _of_process=True)
             _process.process.contexts[identity] = known
         return _expect_same(known, settings or {})
 
@@ -550,10 +575,10 @@ def _which(context: TaskContext) -> tuple[str, ...]:
     return str(context.place), str(context.attempt), context._within  # noqa: SLF001
 
 
-def _attempt_from(environ: Mapping[str, str]) -> int:
-    text = environ[ATTEMPT]
+def _number_from(environ: Mapping[str, str], name: str) -> int:
+    text = environ[name]
     if not text.strip().isdecimal() or len(text) > 9:
-        raise UsageError(f"{ATTEMPT}={text!r} must be a whole number from 0 on.")
+        raise UsageError(f"{name}={text!r} must be a whole number from 0 on.")
     return int(text)
 
 

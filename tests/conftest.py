@@ -139,6 +139,8 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     os.umask(0o022)
     _process.process.claims.clear()
+    _process.process.warned.clear()
+    _process.process.named.clear()
     _process.process.implicit_base = None  # or it would be the folder of the first test
     memory = sys.modules.get("fsspec.implementations.memory")
     if memory is not None:  # it lists all that was ever saved in this process, which takes longer and longer

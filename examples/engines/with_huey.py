@@ -13,7 +13,8 @@ from huey import SqliteHuey
 
 import taskckpt
 
-huey = SqliteHuey(filename=os.path.join(tempfile.mkdtemp(), "queue.db"))
+QUEUE = os.path.join(tempfile.mkdtemp(), "queue.db")
+huey = SqliteHuey(filename=QUEUE, store_intermediate_errors=False)  # the result is what the last attempt gave
 
 
 @huey.task(retries=3)

@@ -3,7 +3,8 @@
 pip install taskckpt 'ray[train]'
 python examples/engines/with_ray_train.py
 
-With PyTorch it is the same in ray.train.torch.TorchTrainer. State lies in the experiment's folder: delete it to start over.
+With PyTorch it is the same in ray.train.torch.TorchTrainer. State lies in the experiment's folder: delete that to
+start over.
 """
 
 import os
@@ -18,8 +19,10 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 import taskckpt
 
 
-def train():
+def train() -> None:
+    """Rank 0 saves each step, and dies at 2 the first time."""
     task = taskckpt.ctx()
+    assert task is not None
     step = began = int(task.checkpoint.load_bytes_sync() or 0)
     print(f"rank {task.rank} of {task.world_size} resumes from {step}", flush=True)
     barrier()  # rank 0 saves when all have loaded

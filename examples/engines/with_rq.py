@@ -1,7 +1,7 @@
 """A job of RQ that dies, is retried by RQ and goes on.
 
-    pip install rq
-    REDIS=redis://localhost python examples/engines/with_rq.py
+pip install rq
+REDIS=redis://localhost python examples/engines/with_rq.py
 """
 
 import os

@@ -17,7 +17,7 @@ import taskckpt
 
 @activity.defn
 def count(to: int) -> int:
-    cp = taskckpt.ctx().checkpoint
+    cp = taskckpt.checkpoint()
     saved = cp.load_sync()
     start = int(saved.read_text()) if saved else 0
     print("resumes from", start, flush=True)

@@ -34,8 +34,8 @@ VALUES = ("run", "task", "attempt", "rank", "world_size", "base", "origin_run", 
 VARIABLES = [
     f"TASKCKPT_{end}"
     for end in (
-        *("BASE", "RUN", "TASK", "ATTEMPT", "KEY", "KEEP", "CLAIMS", "AMBIGUOUS", "ENGINE", "INDEX", "SCOPE"),
-        *("ON_CLEAR", "TMP", "TRANSFER", "RANK", "WORLD_SIZE"),
+        *("BASE", "RUN", "TASK", "ATTEMPT", "KEY", "KEEP", "CLAIMS", "AMBIGUOUS", "ENGINE", "INDEX", "SCOPE", "RANK"),
+        *("ON_CLEAR", "JOB_UID", "TMP", "TRANSFER"),
     )
 ]
 

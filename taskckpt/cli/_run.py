@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
@@ -25,7 +26,7 @@ from taskckpt.cli._output import plain
 from taskckpt.cli._targets import Pointer
 from taskckpt.cli._who import task_of
 from taskckpt.context import TaskContext
-from taskckpt.errors import StaleAttemptError, TaskckptError
+from taskckpt.errors import StaleAttemptError, TaskckptError, UsageError
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
@@ -77,9 +78,12 @@ def run(
     the last attempt stopped. All processes of an attempt are one: the newest attempt has the task.
     """
     del debug  # looked at where errors end
+    task = task_of(Pointer(**where), keep, command=command)
+    if task.place.in_one_process:
+        raise UsageError("The base lasts as long as one process, and the command is another one.", uri=task.base)
     tries = _Tries(
         command,
-        task_of(Pointer(**where), keep, command=command),
+        task,
         1 + whole_number(retries, "--retries"),
         frozenset(whole_number(code, "--no-retry-on") for code in final),
         quiet=quiet,
@@ -135,12 +139,18 @@ class _Tries:
             if one is not None and one.number in HANDED_ON:
                 heard.add(one.number)
                 if not one.from_terminal:
-                    os.kill(child, one.number)  # not waited for yet: it is no other process's number
+                    self._hand_on(one.number, child)
         ended = self._judge(code, heard)
         self._tell(f"attempt {number + 1} of {self.most} {ended.words}")
         if ended.again:
             _expect_newest(current)
         return ended
+
+    def _hand_on(self, number: int, child: int) -> None:
+        try:
+            os.kill(child, number)  # not waited for yet: it is no other process's number
+        except PermissionError:  # sudo, for instance
+            self._tell(f"{_name_of(number)} was not handed on: the command runs as another user")
 
     def _judge(self, code: int, heard: set[int]) -> _Ended:
         """What becomes of an exit code, after these signals."""
@@ -176,7 +186,7 @@ class _Tries:
 
     def _tell(self, what: str) -> None:
         if not self.quiet:
-            click.echo(plain(f"taskckpt: {self.task.key or self.task.task}: {what}"), err=True)
+            _say(f"taskckpt: {self.task.key or self.task.task}: {what}")
 
 
 def _last(state: RetryCallState) -> _Ended:
@@ -196,7 +206,7 @@ def _expect_newest(current: TaskContext) -> None:
         owner = beginning(LogReader(store)).owner
     except TaskckptError as error:
         why = described(error)["message"]
-        click.echo(plain(f"warning: whether another attempt has the task is not known: {why}"), err=True)
+        _say(f"warning: whether another attempt has the task is not known: {why}")
         return
     nonce = current._nonce  # noqa: SLF001 - the claim that this attempt's processes share
     if owner is not None and owner.nonce != nonce and nonce in owner.fenced:
@@ -208,8 +218,14 @@ def _expect_newest(current: TaskContext) -> None:
 
 
 def _cannot(code: int, why: str) -> NoReturn:
-    click.echo(plain(f"error: {why}"), err=True)
+    _say(f"error: {why}")
     raise click.exceptions.Exit(code)
+
+
+def _say(what: str) -> None:
+    # Whoever read it may have left, and the disk that it goes to may be full: the command is not concerned.
+    with suppress(OSError):
+        click.echo(plain(what), err=True)
 
 
 # --- processes and signals ---------------------------------------------------------------------

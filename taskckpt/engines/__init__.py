@@ -28,7 +28,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from taskckpt.engines._task import PROCESS, EngineTask, ending, name_of
 from taskckpt.errors import UsageError
@@ -100,11 +100,30 @@ def detect() -> EngineTask | None:
     Raises:
         UsageError: ``TASKCKPT_ENGINE`` names no engine, or one that does not run here; or an engine gave nonsense.
     """
+    return look().task
+
+
+class Here(NamedTuple):
+    """What the engines say together.
+
+    Attributes:
+        task: The task running in this thread; None outside of any.
+        rank, world_size: Which of several processes this is, that a launcher started to do one thing together, and
+            how many these are. A launcher may know that, and no task.
+    """
+
+    task: EngineTask | None = None
+    rank: int | None = None
+    world_size: int | None = None
+
+
+def look() -> Here:
+    """``detect``, and which of several processes this is. Raises: as ``detect``."""
     chosen = os.environ.get(ENGINE, "").strip()
     if chosen == NONE:
-        return None
+        return Here()
     if chosen:
-        return _the_one(chosen)
+        return _joined(_chosen(chosen))
     return _joined([(one.layer, task) for one in _all() if (task := one.ask()) is not None])
 
 
@@ -151,16 +170,26 @@ class _Engine:
 
 
 def _all() -> Iterator[_Engine]:
-    for name, resolver in reversed(_registered.items()):
-        yield _Engine(name, "task", functools.partial(_checked, name, resolver))
-    for name, resolver in _published().items():
-        yield _Engine(name, "task", functools.partial(_checked, name, resolver))
-    for name, module in ORDER.items():
-        yield _Engine(name, "task", functools.partial(_ask, name, module))
-    from taskckpt.engines import environment
+    yield from (_other(name, resolver) for name, resolver in reversed(_registered.items()))
+    yield from _ours()
 
-    for system in environment.SYSTEMS:
-        yield _Engine(system.name, system.layer, functools.partial(environment.find, system))
+
+def _other(name: str, resolver: Resolver) -> _Engine:
+    return _Engine(name, "task", functools.partial(_checked, name, resolver))
+
+
+@functools.cache
+def _ours() -> tuple[_Engine, ...]:
+    """Those of installed packages, and of this one. Looked for once: that reads the metadata of all packages."""
+    from importlib.metadata import entry_points
+
+    from taskckpt.engines import environment, systems
+
+    return (
+        *(_other(point.name, point.load()) for point in entry_points(group="taskckpt.engines")),
+        *(_Engine(name, "task", functools.partial(_ask, name, module)) for name, module in ORDER.items()),
+        *(_Engine(one.name, one.layer, functools.partial(environment.find, one)) for one in systems.SYSTEMS),
+    )
 
 
 def _ask(name: str, module: str) -> EngineTask | None:
@@ -179,15 +208,7 @@ def _checked(name: str, resolver: Resolver) -> EngineTask | None:
     return found
 
 
-@functools.cache
-def _published() -> dict[str, Resolver]:
-    """The engines that installed packages offer. Looked for once: that reads the metadata of all of them."""
-    from importlib.metadata import entry_points
-
-    return {point.name: point.load() for point in entry_points(group="taskckpt.engines")}
-
-
-def _the_one(name: str) -> EngineTask:
+def _chosen(name: str) -> list[tuple[str, EngineTask]]:
     engines = list(_all())
     chosen = next((one for one in engines if one.name == name), None)
     if chosen is None:
@@ -199,27 +220,26 @@ def _the_one(name: str) -> EngineTask:
             f"{ENGINE}={name!r}, and {name} does not run this code.",
             hint=f"`taskckpt engines` shows what does; {ENGINE}={NONE} goes without any.",
         )
-    others = [(one.layer, found) for one in engines if one.layer == "launcher" and (found := one.ask()) is not None]
-    joined = _joined([("task", said), *others])
-    assert joined is not None
-    return joined
+    launchers = [(one.layer, one.ask()) for one in engines if one.layer == "launcher"]
+    return [("task", said), *((layer, found) for layer, found in launchers if found is not None)]
 
 
-def _joined(said: list[tuple[str, EngineTask]]) -> EngineTask | None:
+def _joined(said: list[tuple[str, EngineTask]]) -> Here:
     """One answer of several, which are in order from the inside out."""
     layers = ("task", "launcher", "system")
     planners, launchers, systems = ([task for at, task in said if at == layer] for layer in layers)
-    if not said:
-        return None
-    inner = _innermost(planners) or next(iter([*systems, *launchers]))
+    # A launcher that does not know its run knows ranks only: the program is a task of its own, or part of another one.
+    tasks = [*systems, *(one for one in launchers if one.ambiguous is None)]
+    inner = _innermost(planners) or next(iter(tasks), None)
     # A worker of a cluster engine may be a rank of its batch job; the tasks that it runs are not.
-    ranked = next((one for one in [*launchers, inner] if one.rank is not None), inner)
+    ranked = next((one for one in [*launchers, inner] if one is not None and one.rank is not None), None)
+    rank, world_size = (None, None) if ranked is None else (ranked.rank, ranked.world_size)
+    if inner is None:
+        return Here(None, rank, world_size)
     based = next((one for one in [inner, *systems] if one.base is not None), inner)
-    sources = {**inner.sources, **_told(ranked, "rank", "world_size"), **_told(based, "base")}
-    return replace(
-        inner, rank=ranked.rank, world_size=ranked.world_size, base=based.base, base_is_of_run=based.base_is_of_run,
-        sources=sources,
-    )  # fmt: skip
+    sources = {**inner.sources, **_told(ranked or inner, "rank", "world_size"), **_told(based, "base")}
+    joined = replace(inner, rank=rank, world_size=world_size, base=based.base, sources=sources)
+    return Here(replace(joined, base_is_of_run=based.base_is_of_run), rank, world_size)
 
 
 def _told(task: EngineTask, *values: str) -> dict[str, str]:

@@ -29,6 +29,7 @@ class EngineTask:
         generation: Another one once an operator told the engine to start the task over: for ``on_clear="fresh"``.
         ambiguous: Why another task may have the same identity, as a sentence; None if none can.
         hint: What to do about that.
+        lineage_settles: Only the run is not known for sure, and ``scope="lineage"`` goes by its origin, which is.
         base_is_of_run: The base lasts as long as the run only, or is another one in the next.
         alone: No other task of the engine can run in this process meanwhile.
         in_environment: It was read from the environment, which child processes have as well.
@@ -54,6 +55,7 @@ class EngineTask:
     generation: str | None = None
     ambiguous: str | None = None
     hint: str | None = None
+    lineage_settles: bool = False
     base_is_of_run: bool = False
     alone: bool = False
     in_environment: bool = False

@@ -3,11 +3,11 @@
 A task instance is known by its DAG, its run, its task and, where it is mapped, its index. ``ti.id`` names one try
 of it only, and a run id is unique within its DAG only.
 
-What lies: a clear keeps the identity, and the number of tries goes on (``max_tries`` grows, which is what
-``on_clear="fresh"`` asks for). A deferred task and a rescheduled sensor come back with the number that they had. A
-scheduled run's id is made of its date: a run that was deleted and made again, and another installation with the
-same DAG, have the same; so each installation needs a base of its own. Two copies of a try may run at once, after a
-lost heartbeat.
+What lies: a clear keeps the identity, and the number of tries goes on. ``max_tries`` grows, which is what
+``on_clear="fresh"`` asks for; in Airflow 2 it does not where the task ran at that moment. A deferred task and a
+rescheduled sensor come back with the number that they had. A scheduled run's id is made of its date: a run that was
+deleted and made again has the same, and so has another installation with the same DAG, which therefore needs a base
+of its own. Two copies of a try may run at once, after a lost heartbeat.
 
 Checked with Airflow 3.3.2 and 2.11.2.
 """
@@ -32,9 +32,9 @@ def find() -> EngineTask | None:
         "airflow",
         run=name_of("airflow", ti.dag_id, ti.run_id),
         task=name_of(ti.task_id, ti.map_index) if mapped else name_of(ti.task_id),
-        # 0 outside of any try, as in `airflow tasks test` of Airflow 2.
+        # 0 is outside of any try: `airflow tasks test`.
         attempt=ti.try_number - 1 if ti.try_number > 0 else None,
-        # What is left to try is not it: that a task edited in between has other retries is no clear.
+        # Without task.retries taken off: that somebody edited them between two tries is no clear.
         generation=str(ti.max_tries),
         in_all_threads=True,
         execution=_execution(ti),

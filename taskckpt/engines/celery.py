@@ -55,14 +55,16 @@ def _innermost() -> tuple[Any, Any]:
     One that is called as a function has a request without an id, or a copy of the one that it works on.
     """
     state = sys.modules.get("celery._state")
+    tasks: list[Any] = getattr(getattr(state, "_task_stack", None), "stack", None) or []
     seen: Counter[int] = Counter()
-    for task in reversed(getattr(getattr(state, "_task_stack", None), "stack", None) or ()):
+    for task in reversed(tasks):
         seen[id(task)] += 1
-        *earlier, request = (None, *task.request_stack.stack[: 1 - seen[id(task)] or None])
-        if request is None or request.called_directly or request.id is None:
+        requests = task.request_stack.stack
+        own = len(requests) - seen[id(task)]
+        if own < 0 or requests[own].called_directly or requests[own].id is None:
             continue
-        if not any(one is not None and one.delivery_info is request.delivery_info for one in earlier):
-            return task, request
+        if not any(earlier.delivery_info is requests[own].delivery_info for earlier in requests[:own]):
+            return task, requests[own]
     return None, None
 
 

@@ -41,16 +41,18 @@ def find() -> EngineTask | None:
     run, step = context.run, context.get_step_execution_context()
     root = run.root_run_id or run.run_id
     retried = RETRY_OF_RUN in run.tags
+    base = _base(context)
     unclear = retried and run.parent_run_id != root
     return EngineTask(
         "dagster",
         run=name_of("dagster", root if retried else run.run_id),
         task=name_of(step.step.key, *(run.tags[tag] for tag in PARTITION if tag in run.tags)),
         attempt=context.retry_number,
-        base=_base(context),
+        base=base,
         origin_run=name_of("dagster", root),
         ambiguous=UNCLEAR if unclear else None,
         hint=HINT if unclear else None,
+        lineage_settles=True,
         alone=True,
         execution=_execution(context),
         stale=ending(sys.modules["dagster"].Failure, description=None, metadata=None, allow_retries=False),
@@ -58,7 +60,7 @@ def find() -> EngineTask | None:
             "run": "context.run.root_run_id" if retried else "context.run_id",
             "task": "context.get_step_execution_context().step.key, partition of context.run.tags",
             "attempt": "context.retry_number",
-            "base": "CheckpointResource.base",
+            **({"base": "CheckpointResource.base"} if base else {}),
             "origin_run": "context.run.root_run_id",
         },
     )

@@ -2,16 +2,17 @@
 
 A key is the same on each of Dask's retries and when the task moves to another worker. But it says nothing of the
 cluster or the day: that of a pure call is a hash of the function and its arguments. So the run is the task's span, an
-id that the scheduler draws when a task is submitted and keeps for as long as it knows the task. By default it spans what
-is submitted until all is done; ``with distributed.span("name"):`` spans what is submitted in the block.
+id that the scheduler draws when a task is submitted and keeps for as long as it knows the task. By default it spans
+what is submitted until all is done; ``with distributed.span("name"):`` spans what is submitted in the block.
 
-It follows that a task is what the scheduler knows under one key. The same key twice (two equal pure calls, equal items of
-``map``) is one task; submitted again after it was done and forgotten, or by a client that began again, it is another
-one, except within one ``span``. So is each submission with ``pure=False``, which draws a key of its own. ``key=`` of
+It follows that a task is what the scheduler knows under one key. The same key twice (two equal pure calls, equal items
+of ``map``) is one task; submitted again after it was done and forgotten, or by a client that began again, it is another
+one, except within one span. So is each submission with ``pure=False``, which draws a key of its own. ``key=`` of
 taskckpt goes on over all of these.
 
-What lies: ``run_id`` counts the runs of all tasks; nobody counts attempts. Methods of Dask's actors have the same key in
-all actors of a class, coroutines that a task starts have none: both are ambiguous.
+What lies: ``run_id`` counts the runs of all tasks; nobody counts attempts. A finished task runs again if the only
+worker that had its result is lost. Methods of Dask's actors have the same key in all actors of a class, and coroutines
+that a task starts have none: both are ambiguous.
 
 Checked with distributed 2026.8.0.
 """
@@ -83,7 +84,7 @@ def _execution(worker: Any, key: object) -> object:
     """Each execution is an asyncio task of the worker, also if the function runs in a thread."""
     name = _execution_name(key)
     # A copy, because the worker's own thread changes it. The attribute is not public.
-    tasks = getattr(worker, "_async_instructions", set()).copy()
+    tasks: set[Any] = getattr(worker, "_async_instructions", set()).copy()
     return next((one for one in tasks if one.get_name() == name), None)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from typing import Any
 
 from taskckpt.engines._frames import local_of
 from taskckpt.engines._task import EngineTask, ending, name_of
@@ -32,7 +33,7 @@ def find() -> EngineTask | None:
         task=name_of(task.name),
         attempt=attempt if attempt >= 0 else None,
         alone=_is_alone(),
-        execution=task,
+        execution=_execution(task),
         stale=_stale(),
         sources={
             "run": "Huey._execute(task): task.id",
@@ -40,6 +41,25 @@ def find() -> EngineTask | None:
             "attempt": "task.default_retries - task.retries",
         },
     )
+
+
+class _Execution:
+    """What a task has for itself until Huey is done with it. The task stays on in the traceback of a failure."""
+
+
+def _execution(task: Any) -> object:
+    huey = local_of("huey.api", "_execute", "self")
+    hooks = huey._post_execute  # noqa: SLF001 - post_execute() would change it while other threads go through it
+    if "taskckpt" not in hooks:
+        huey._post_execute = {**hooks, "taskckpt": _forget}  # noqa: SLF001
+    return vars(task).setdefault(_OURS, _Execution())
+
+
+def _forget(task: Any, _value: object, _error: object) -> None:
+    vars(task).pop(_OURS, None)
+
+
+_OURS = "_taskckpt_execution"
 
 
 def _is_alone() -> bool:

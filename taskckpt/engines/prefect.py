@@ -28,9 +28,9 @@ from taskckpt.engines._task import EngineTask, name_of
 # Longer ones are told by their digest: a task's name goes into the environment of its children.
 MOST_CHARACTERS = 300
 
-TWICE = "the same task was called with the same arguments before, in this attempt of what called it"
-BY_ID = "it is told by the id of its run, which is another one now that what called it is retried"
-UNKNOWN = "what called it has ended, so that nobody can tell its calls apart"
+TWICE = "The same task was called with the same arguments before, in this attempt of what called it."
+BY_ID = "Only the id of its run tells this task, and that is another one now that what called it is retried."
+UNKNOWN = "What called this task has ended, so that its calls cannot be told apart any more."
 HINT = (
     "Pass arguments that are plain values and tell the calls apart; or name the task, as in "
     "taskckpt.checkpoint(f'{prefect.runtime.flow_run.id} part 3')."
@@ -157,11 +157,11 @@ def _text(context: Any) -> str | None:
 
 
 def _arguments(function: Callable[..., Any], parameters: Mapping[str, Any]) -> str | None:
-    from taskckpt._identity import _canonical, _constants_around
+    from taskckpt._identity import canonical, constants_around
 
     try:
-        captured = "".join(f" with {name}={value}" for name, value in _constants_around(function))
-        return ", ".join(f"{name}={_canonical(value, name)}" for name, value in sorted(parameters.items())) + captured
+        captured = "".join(f" with {name}={value}" for name, value in constants_around(function))
+        return ", ".join(f"{name}={canonical(value, name)}" for name, value in sorted(parameters.items())) + captured
     except (ValueError, RecursionError):
         return None
 

@@ -11,7 +11,8 @@ that it got in ``__init__``.
 What lies: a plain thread gets a random task id (but no name, by which it is known here), and ``RAY_JOB_ID`` is
 ``ffffffff`` in workers that were started in advance, so it is not read. What a task that is retried submits again are
 new tasks for Ray, with new ids and attempt 0: name them with ``key=``. The attempt comes from a call that is not
-public; without it nobody knows.
+public; without it nobody knows. It also counts for calls that only waited when their actor died, and a call that was
+done runs again if the answer was lost.
 
 Ray Train: the experiment's folder is the identity, as it is for Ray Train, which goes on from what it finds there. All
 ranks do one task. Restarts of the workers (``max_failures``) are not counted anywhere.
@@ -79,6 +80,7 @@ def _train(context: Any) -> EngineTask:
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         in_all_threads=True,
+        alone=True,  # the process is one of Ray Train's workers, and nothing else
         # It runs the training function, and is another one after each restart of the workers.
         execution=context.execution_context.training_thread_runner,
         sources={
@@ -93,11 +95,11 @@ def _train(context: Any) -> EngineTask:
 
 def _base(storage: Any, config: Any) -> str | None:
     """The experiment's folder: whoever deletes it starts over, with Ray Train and here."""
-    path = str(config.storage_path)
+    if storage.storage_filesystem.type_name == "local":
+        folder: str = storage.experiment_fs_path
+        return folder
+    url = str(config.storage_path)
     # What a file system of the user's own, or the options in a URL, need to know is not known here.
-    if config.storage_filesystem is not None or "?" in path:
+    if config.storage_filesystem is not None or "://" not in url or "?" in url:
         return None
-    if "://" in path:
-        return f"{path.rstrip('/')}/{storage.experiment_dir_name}"
-    folder: str = storage.experiment_fs_path
-    return folder
+    return f"{url.rstrip('/')}/{storage.experiment_dir_name}"

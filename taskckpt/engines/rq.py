@@ -6,7 +6,8 @@ second job with an id of your own choice is another run; and so is what ``Repeat
 What lies: ``retries_left`` counts down, and what it began with is not kept, so there is no attempt. A job whose
 worker is gone is found only after its heartbeat has run out, and is then retried if retries are left, else
 failed. A job may be retried while its first worker still runs; RQ knows no exception that ends a job without a
-retry, so that a stale job is retried like any other, and then has the task again.
+retry, so that a stale job is retried like any other, and then has the task again. Threads and children of a job
+are told who they are where a process was made for it, so not with SimpleWorker.
 
 Checked with RQ 2.12.0 and Redis: Worker and SimpleWorker.
 """
@@ -14,9 +15,9 @@ Checked with RQ 2.12.0 and Redis: Worker and SimpleWorker.
 from __future__ import annotations
 
 import sys
-import threading
 
-from taskckpt.engines._task import EngineTask, name_of
+from taskckpt.engines._frames import local_of
+from taskckpt.engines._task import PROCESS, EngineTask, name_of
 
 
 def find() -> EngineTask | None:
@@ -31,11 +32,15 @@ def find() -> EngineTask | None:
         "rq",
         run=name_of("rq", job.id, job.created_at.isoformat(), *([] if repetition is None else [f"{repetition}-left"])),
         task=name_of(job.func_name),
-        # A worker runs one job at a time; jobs that are not sent anywhere run where they are enqueued.
-        alone=bool(job.worker_name) and threading.current_thread() is threading.main_thread(),
-        execution=job,
+        # Else the job is not let go of at a time that one could tell, as it stays in the traceback of its failure.
+        execution=PROCESS if _is_horse() else (job.id, job.started_at),
         sources={
             "run": "get_current_job().id, .created_at" + ("" if repetition is None else ", .repeats_left"),
             "task": "get_current_job().func_name",
         },
     )
+
+
+def _is_horse() -> bool:
+    """Whether this process was made for this job. A SimpleWorker runs all jobs in its own."""
+    return getattr(local_of("rq.worker.base", "perform_job", "self"), "_is_horse", False) is True

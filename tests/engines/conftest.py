@@ -16,6 +16,12 @@ ENVIRONMENTS = ROOT / ".venv-engines"
 EXAMPLES = ROOT / "examples" / "engines"
 TASKS = Path(__file__).parent / "tasks"
 
+# Where the tests run may be a task of something, too.
+OTHERS = ("TASKCKPT_", "PYTEST_", "TOX_", "NOX_", "GITHUB_", "SLURM_", "KUBERNETES_", "AWS_", "AIRFLOW_", "OMPI_")
+# Read now: every test begins without the variables of its caller.
+CHOSEN = os.environ.get("TASKCKPT_TEST_ENGINES", "").split()
+IN_PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
+
 
 class Engine:
     """Runs scripts in the environment of one engine. What a script started is ended with the test."""
@@ -28,7 +34,7 @@ class Engine:
 
     def environ(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
         """As a shell of that environment would have it, with a base, a home and temporary files of this test."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("TASKCKPT_", "PYTEST_"))}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(OTHERS)}
         own = {
             "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}",
             "HOME": str(self.folder),
@@ -44,7 +50,7 @@ class Engine:
         log = log or self.folder / f"output-{len(self._started)}.txt"
         with log.open("w") as output:
             process = subprocess.Popen(
-                [str(self.bin / command[0]) if (self.bin / command[0]).exists() else str(command[0]), *map(str, command[1:])],
+                [str(own if (own := self.bin / command[0]).exists() else command[0]), *map(str, command[1:])],
                 env=self.environ(env), cwd=self.folder, stdout=output, stderr=subprocess.STDOUT, text=True,
                 start_new_session=True,
             )  # fmt: skip
@@ -84,8 +90,11 @@ def engine_of(tmp_path: Path) -> Iterator[Callable[[str], Engine]]:
     made: list[Engine] = []
 
     def of(name: str) -> Engine:
+        if name not in CHOSEN and IN_PARALLEL:  # make test, or other engines
+            pytest.skip(f"NOT TESTED here: {name} has an environment of its own: make test-engines ENGINES={name}")
         if not (ENVIRONMENTS / name / ".installed").exists():
-            pytest.skip(f"NOT TESTED: {name} has an environment of its own: make test-engines ENGINES={name}")
+            missing = f"{name} is not installed: make test-engines ENGINES={name}"
+            pytest.fail(missing) if name in CHOSEN else pytest.skip(f"NOT TESTED: {missing}")
         made.append(Engine(name, tmp_path))
         return made[-1]
 

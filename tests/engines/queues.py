@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import shutil
 import socket
 import subprocess
@@ -67,9 +68,11 @@ def redis_socket(engine: Engine) -> str:
     """The path of the socket of a Redis that ends with the test, and keeps nothing."""
     if shutil.which("redis-server") is None:
         pytest.skip("NOT TESTED: Redis is not there: apt install redis-server")
-    path = Path(tempfile.mkdtemp(prefix="taskckpt-redis-")) / "socket"  # names of sockets must be short
+    folder = tempfile.mkdtemp(prefix="taskckpt-redis-")  # names of sockets must be short
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = Path(folder) / "socket"
     log = engine.folder / "redis.log"
-    engine.start("redis-server", "--port", "0", "--unixsocket", path, "--save", "", "--dir", path.parent, log=log)
+    engine.start("redis-server", "--port", "0", "--unixsocket", path, "--save", "", "--dir", folder, log=log)
     for _ in range(200):
         time.sleep(0.05)
         with socket.socket(socket.AF_UNIX) as client:

@@ -22,6 +22,7 @@ from celery import group
 from celery_app import *
 waiting = {"timeout": 60, "interval": 0.05}
 print(group(count.s("a", "fails"), count.s("b", "fails"))().get(**waiting))
+group(bystander.s(), bystander.s())().get(**waiting)
 print(count.delay("a", "well").get(**waiting))
 killed = redelivered.delay("r", "is killed"), survives.delay("s", "is killed")
 print([one.get(**waiting) for one in killed])
@@ -45,6 +46,13 @@ from celery_app import *
 print(redelivered.delay("k", "hangs").get(timeout=60, interval=0.05))
 """
 
+EAGER = """
+from celery_app import *
+app.conf.task_always_eager = True
+count.delay("e", "fails").get()
+functions.delay().get()
+"""
+
 
 def start_worker(work: Work, *options: str, name: str = "worker") -> subprocess.Popen[str]:
     quick = ("--without-gossip", "--without-mingle", "--without-heartbeat", "-l", "INFO", "-c", "2")
@@ -63,6 +71,8 @@ def test_failed_killed_and_replaced_tasks_go_on(engine_of: EngineOf) -> None:
     identities = {tuple(line.split()[2:]) for line in work.events if line.startswith(("a identity", "b identity"))}
     assert len({run for run, _ in identities}) == len(identities) == 3
     assert all(run.startswith("celery/") for run, _ in identities)
+
+    assert work.events.count("bystander None") == 2
 
     # Delivered again, the number is the same; the base task is retried, and counts.
     assert (work.resumed("r"), work.attempts("r")) == ([0, 3], [0, 0])
@@ -117,7 +127,17 @@ def test_a_message_delivered_twice_and_a_killed_worker_lose_nothing(engine_of: E
     assert (work.resumed("k"), work.attempts("k")) == ([0, 3], [0, 0])
 
 
+def test_eager_mode_and_calls_as_functions(engine_of: EngineOf) -> None:
+    work = Work(engine_of("celery"))
+    work.run(EAGER)
+    assert (work.resumed("e"), work.attempts("e")) == ([0, 3], [0, 1])
+    first, second = (line.split()[-1] for line in work.events if line.startswith("function"))
+    assert first == second
+    assert first.startswith("celery_app.functions/")
+
+
 def test_the_example(engine_of: EngineOf) -> None:
-    output = engine_of("celery").run("python", EXAMPLES / "with_celery.py")
+    engine = engine_of("celery")
+    output = engine.run("python", EXAMPLES / "with_celery.py", env={"TMPDIR": str(engine.folder)})
     assert numbers(output, "resumes from") == [0, 3, 7]
     assert "counted to 10" in output

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.engines.conftest import EXAMPLES, TASKS, numbers
 
 pytestmark = pytest.mark.timeout(120)
@@ -55,11 +56,12 @@ def test_tasks(engine_of, tmp_path):
     assert began(journal, "coroutine") == [[0, 2]]
     assert "coroutine loud: Get the checkpoint in the task itself" in output
     assert "thread sees AmbiguousIdentityError" in output
+    assert "child sees taskckpt.errors.AmbiguousIdentityError" in output
     assert "actor is loud" in output
 
     assert began(journal, "in a process") == [[0, 2]]
     assert began(journal, "called") == [[0, 2]], "begun in a copy of another task's context, and retried elsewhere"
-    assert "kept outer 9" in output
+    assert "kept b'outer 9'" in output
 
 
 def test_example(engine_of):

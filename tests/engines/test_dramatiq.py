@@ -43,9 +43,9 @@ def test_without_current_message_failed_tasks_go_on(engine_of: EngineOf) -> None
     assert "was skipped" in work.log()
     assert "took the task over" in work.log()
 
-    # An async actor runs in a thread that no worker's call is in: loud, not from zero.
+    # All async actors run in one thread: loud, not from zero.
     work.run("from dramatiq_app import *\ncount_async.send('n', 'well')")
-    work.wait_for_log("NoTaskContextError")
+    work.wait_for_log("AmbiguousIdentityError: dramatiq: An async actor")
     assert work.resumed("n") == []
 
 
@@ -53,8 +53,10 @@ def test_killed_and_silent_workers_lose_nothing(engine_of: EngineOf) -> None:
     engine = engine_of("queues")
     work = Work(engine, REDIS=f"unix://{redis_socket(engine)}", CURRENT="yes")
     first = start_worker(work, threads=1, name="first")
-    work.run("from dramatiq_app import *\nidentities.send(); count_async.send('n', 'fails')")
-    work.wait_for("n done 6")
+    work.run("from dramatiq_app import *\nidentities.send(); count_async.send('n', 'fails'); count.send('o', 'fails')")
+    work.wait_for("n done 6", "o done 6")
+    work.run("from dramatiq_app import *\nbystander.send()")
+    work.wait_for("bystander None")
     assert work.resumed("n") == [0, 3]
     told = dict(line.split() for line in work.events if line.startswith(("task ", "thread ", "child ")))
     assert told == dict.fromkeys(("task", "thread", "child"), "identities")

@@ -15,11 +15,11 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from taskckpt._layout import task_prefix
-from taskckpt.engines import EngineTask, environment
+from taskckpt.engines import EngineTask, environment, systems
 from taskckpt.errors import UsageError
 
 ENVIRONMENTS = Path(__file__).parent / "environments"
-BY_NAME = {system.name: system for system in environment.SYSTEMS}
+BY_NAME = {system.name: system for system in systems.SYSTEMS}
 
 pytestmark = pytest.mark.usefixtures("of_a_script")
 
@@ -41,7 +41,7 @@ def recorded(name: str) -> dict[str, str]:
 
 
 def found_in(environ: dict[str, str]) -> list[EngineTask]:
-    return [task for system in environment.SYSTEMS if (task := environment.find(system, environ)) is not None]
+    return [task for system in systems.SYSTEMS if (task := environment.find(system, environ)) is not None]
 
 
 @dataclass(frozen=True)
@@ -147,11 +147,11 @@ def test_an_environment_as_it_is_documented(name: str) -> None:
 def test_every_row_has_an_environment_a_source_and_a_rule() -> None:
     seen = {said.engine for all_of_one in EXPECTED.values() for said in all_of_one}
     assert seen == BY_NAME.keys() - {"torch-distributed"}  # that one is asked in test_torchrun.py
-    for system in environment.SYSTEMS:
+    for system in systems.SYSTEMS:
         assert system.source.startswith("https://")
         assert system.rule.endswith(".")
         assert system.layer in ("system", "launcher")
-    assert len(BY_NAME) == len(environment.SYSTEMS)
+    assert len(BY_NAME) == len(systems.SYSTEMS)
 
 
 def test_each_value_says_where_it_is_from() -> None:
@@ -304,7 +304,7 @@ def test_what_was_passed_settles_it(name: str, passed: dict[str, str], task: str
         ("argo-pod", {"TASKCKPT_RUN": "uid"}, "which task"),
         ("github-actions-job", {"TASKCKPT_RUN": "nightly"}, "matrix"),
         ("kubernetes-indexed", {"TASKCKPT_INDEX": "2"}, "which run"),
-        ("mpirun", {"TASKCKPT_INDEX": "2"}, "which run"),
+        ("mpirun", {"TASKCKPT_INDEX": "2"}, "ranks"),
     ],
 )
 def test_half_of_it_does_not(name: str, passed: dict[str, str], still: str) -> None:
@@ -324,7 +324,9 @@ def test_every_hint_says_what_to_set() -> None:
 
 def test_a_person_at_a_terminal_is_no_batch_job() -> None:
     leader, follower = pty.openpty()
-    command = "from taskckpt.engines import environment as e; print([s.name for s in e.SYSTEMS if e.find(s)])"
+    command = (
+        "from taskckpt.engines import environment as e, systems; print([s.name for s in systems.SYSTEMS if e.find(s)])"
+    )
     answers = []
     for stdin in (follower, subprocess.DEVNULL):
         environ = {**recorded("slurm-batch"), **recorded("pbs-job"), **recorded("lsf-job"), **recorded("sge-job")}
@@ -479,6 +481,6 @@ def test_the_whole_table_is_asked_in_less_than_a_millisecond(monkeypatch: pytest
 
 def _seconds_of_one_look() -> float:
     began = time.perf_counter()
-    for system in environment.SYSTEMS:
+    for system in systems.SYSTEMS:
         environment.find(system)
     return time.perf_counter() - began

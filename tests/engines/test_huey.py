@@ -14,17 +14,16 @@ EngineOf = Callable[[str], Engine]
 pytestmark = pytest.mark.timeout(120)
 
 FAILING = """
+from huey.exceptions import TaskException
 from huey_app import *
 print([one.get(blocking=True, timeout=60) for one in (count("a", "fails"), count("b", "fails"))])
+print([one.get(blocking=True, timeout=60) for one in (bystander(), bystander(), bystander())])
 print(count("a", "well").get(blocking=True, timeout=60))
-error = stale()
-identities().get(blocking=True, timeout=20)
-while error.get is not None:
-    try:
-        error.get(blocking=True, timeout=60)
-    except Exception as caught:
-        print("stale:", caught)
-        break
+print(identities().get(blocking=True, timeout=60))
+try:
+    stale().get(blocking=True, timeout=60)
+except TaskException as error:
+    print("stale:", error)
 """
 
 KILLED = """
@@ -42,6 +41,8 @@ def start_worker(work: Work, *options: str) -> None:
 
 
 def expect_resumed(work: Work) -> None:
+    """And that what failed has told nobody else."""
+    assert [line for line in work.events if line.startswith("bystander") and line != "bystander None"] == []
     assert (work.resumed("a"), work.attempts("a")) == ([0, 3, 0], [0, 1, 0])
     assert (work.resumed("b"), work.attempts("b")) == ([0, 3], [0, 1])
     identities = {tuple(line.split()[2:]) for line in work.events if line.startswith(("a identity", "b identity"))}
@@ -76,11 +77,14 @@ def test_a_killed_process_and_the_same_task_enqueued_again(engine_of: EngineOf) 
 
 def test_immediate_mode(engine_of: EngineOf) -> None:
     work = Work(engine_of("queues"), IMMEDIATE="yes")
-    work.run("from huey_app import *\n[count(item, how) for item, how in (('a', 'fails'), ('b', 'fails'), ('a', 'well'))]")
+    work.run(
+        "from huey_app import *\n[count(item, how) for item, how in (('a', 'fails'), ('b', 'fails'), ('a', 'well'))]"
+    )
     expect_resumed(work)
 
 
 def test_the_example(engine_of: EngineOf) -> None:
-    output = engine_of("queues").run("python", EXAMPLES / "with_huey.py")
+    engine = engine_of("queues")
+    output = engine.run("python", EXAMPLES / "with_huey.py", env={"TMPDIR": str(engine.folder)})
     assert numbers(output, "resumes from") == [0, 3, 7]
     assert "counted to 10" in output

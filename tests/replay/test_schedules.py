@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from taskckpt import Checkpoint, _payload
-from taskckpt._attempt import Attempt
+from taskckpt._attempt import Attempt, Owner
 from taskckpt._layout import SlotName, payload_key
 from taskckpt._log import retention as _retention
 from taskckpt._log import slots
@@ -282,7 +282,7 @@ def _children_with_nonces_of_their_own(patch: pytest.MonkeyPatch) -> None:
 
     def setstate(self: Attempt, state: dict[str, Any]) -> None:
         original(self, state)
-        self.claim_nonce = new_nonce()
+        self._owner = Owner()
 
     patch.setattr(Attempt, "__setstate__", setstate)
 

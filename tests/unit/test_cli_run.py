@@ -128,6 +128,16 @@ def test_words_and_streams_are_the_commands_own():
     assert done.stderr.startswith("error: ")  # the command's --json is not ours
 
 
+def test_whoever_reads_what_it_tells_may_leave():
+    words = f"{shlex.join(RUN)} --key a -- sh -c 'sleep 0.2; exit 7'"
+    done = subprocess.run(
+        ["bash", "-c", f"{{ {words}; echo $? > code; }} 2> >(exec true)"],
+        env=environment(), timeout=15, check=False, capture_output=True,
+    )  # fmt: skip
+    assert done.stderr == b""
+    assert wait_for("code").read_text() == "7\n"
+
+
 def test_open_files_are_handed_on():
     """Those of make's job server, for instance."""
     done = subprocess.run(
@@ -234,6 +244,7 @@ def test_each_attempt_is_one_of_its_own_though_the_outer_one_was_handed_down():
         (["--key", "a", "--wait", "-1", "--", "true"], "from 0 on"),
         (["--key", "a", "--keep", "some", "--", "true"], "keep"),
         (["--key", "a", "--base", "s3:/x", "--", "true"], "s3"),
+        (["--key", "a", "--base", "memory://b", "--", "true"], "one process"),
         (["--key", "a"], "COMMAND"),
         (["--key", "a", "--"], "COMMAND"),
     ],

@@ -27,7 +27,9 @@ from taskckpt.errors import (
 )
 
 HERE = str(Path(__file__))
-HANDED_DOWN = {f"TASKCKPT_{name}" for name in ("BASE", "RUN", "TASK", "ATTEMPT", "KEY", "KEEP", "CLAIMS", "AMBIGUOUS")}
+HANDED_DOWN = {
+    f"TASKCKPT_{name}" for name in ("BASE", "RUN", "TASK", "ATTEMPT", "KEY", "KEEP", "RANK", "CLAIMS", "AMBIGUOUS")
+}
 
 
 @pytest.fixture(autouse=True)

@@ -292,6 +292,10 @@ def test_what_a_task_handed_down_is_around_an_engines_task(worker: Worker, monke
         monkeypatch.setenv(name, value)
     found = [worker.run(here, task=f"item {number}").task for number in range(2)]
     assert found == [f"r/item {number} in {environ['TASKCKPT_TASK']}" for number in range(2)]
+    # What is not in one of its parts is in none of them, and not in the driver either.
+    assert child() == "ambiguous-identity"
+    assert worker.run(child) == "ambiguous-identity"
+    assert isinstance(in_thread(ctx), AmbiguousIdentityError)
 
 
 def test_a_process_of_the_same_task_stays_in_it(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,6 +353,15 @@ def test_an_ambiguous_identity_is_an_error(worker: Worker) -> None:
 
     with pytest.raises(AmbiguousIdentityError):
         worker.run(inner, **UNCLEAR)
+
+
+def test_a_run_that_is_not_known_for_sure_is_settled_by_its_origin(worker: Worker) -> None:
+    says = {**UNCLEAR, "lineage_settles": True, "origin_run": "first"}
+    with pytest.raises(AmbiguousIdentityError):
+        worker.run(ctx, **says)
+    assert worker.run(lambda: ctx(scope="lineage"), **says).run == "first"
+    with pytest.raises(AmbiguousIdentityError):
+        worker.run(lambda: ctx(scope="lineage"), **UNCLEAR, origin_run="first")
 
 
 def test_a_key_settles_it(worker: Worker) -> None:
@@ -483,6 +496,18 @@ def test_other_ranks_only_load_and_fence_nobody(worker: Worker) -> None:
     worker.run(first, rank=0, world_size=2)
 
 
+def test_children_of_a_rank_are_told_which(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    environ = worker.run(lambda: here().environ(), rank=1, world_size=2)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert here().rank == 1
+    with pytest.raises(UsageError, match=r"Rank 1 does not save"):
+        checkpoint().save_sync(b"x")
+    monkeypatch.setenv("TASKCKPT_RANK", "-1")
+    with pytest.raises(UsageError, match="TASKCKPT_RANK='-1' must be"):
+        ctx()
+
+
 def test_each_rank_may_have_a_checkpoint_of_its_own(worker: Worker) -> None:
     for rank in range(2):
         worker.run(partial(save_as, "shard", b"%d" % rank, per_rank=True), rank=rank, world_size=2)
@@ -608,11 +633,48 @@ def test_the_innermost_base_and_rank_count() -> None:
     launcher = EngineTask("torchrun", run="2", task="2", rank=1, world_size=2, in_environment=True)
     planner = EngineTask("flow", run="3", task="3")
     joined = engines._joined([("task", planner), ("launcher", launcher), ("system", system)])
-    assert joined == replace(planner, rank=1, world_size=2, base="/opt")
+    assert joined == (replace(planner, rank=1, world_size=2, base="/opt"), 1, 2)
     # A worker of a cluster may be a rank of its batch job; what it runs is not.
-    assert engines._joined([("task", planner), ("system", system)]) == replace(planner, base="/opt")
-    assert engines._joined([("launcher", launcher), ("system", system)]) == replace(system, rank=1, world_size=2)
-    assert engines._joined([("launcher", launcher)]) == launcher
+    assert engines._joined([("task", planner), ("system", system)]).task == replace(planner, base="/opt")
+    assert engines._joined([("launcher", launcher), ("system", system)]).task == replace(system, rank=1, world_size=2)
+    assert engines._joined([("launcher", launcher)]) == (launcher, 1, 2)
+    # Which run it is of is not known, so it is no task: only a rank of whatever this is.
+    assert engines._joined([("launcher", replace(launcher, ambiguous="It tells ranks only."))]) == (None, 1, 2)
+
+
+def test_ranks_of_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mpirun tells ranks, and no run: the script's own task or key is the identity."""
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+
+    @task
+    def work() -> tuple[str, int | None]:
+        with pytest.raises(UsageError, match=r"Rank 1 does not save"):
+            checkpoint().save_sync(b"x")
+        return here().run, here().rank
+
+    assert work() == ("local", 1)
+    assert ctx() is None
+    with pytest.raises(UsageError, match=r"Rank 1 does not save"):
+        checkpoint("k").save_sync(b"x")
+
+
+def test_a_rank_that_is_told_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process group that begins inside of the task."""
+
+    @task
+    def work() -> None:
+        checkpoint().save_sync(b"before")
+        assert here().rank is None
+        monkeypatch.setenv("PMI_RANK", "1")
+        monkeypatch.setenv("PMI_SIZE", "2")
+        assert (here().rank, here().world_size) == (1, 2)
+        assert here() is here()
+        with pytest.raises(UsageError, match=r"Rank 1 does not save"):
+            checkpoint().save_sync(b"by rank 1")
+        monkeypatch.setenv("PMI_RANK", "0")
+
+    work()
 
 
 def test_no_task_is_told_how_to_name_it() -> None:

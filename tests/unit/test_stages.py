@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 import taskckpt
 from taskckpt import Checkpoint, StaleAttemptError
-from taskckpt._attempt import Attempt
+from taskckpt._attempt import Attempt, Owner
 from taskckpt._operation import Stop
 from taskckpt._stores import parse
 from taskckpt.errors import (
@@ -147,7 +147,8 @@ def test_a_stage_that_was_begun_says_by_whom_and_since_when():
 @pytest.mark.parametrize("about", [{}, {"stage": 7}, {"stage": {"name": "b"}, "host": 1, "pid": "x"}])
 def test_what_began_a_stage_and_does_not_say_who_it_is_has_the_name_of_the_folder(about):
     location = parse("checkpoints/a.stage")
-    attempt = Attempt(location, storage_options={}, timeout_s=10, about={"host": None, "pid": None, **about})
+    owner = Owner(about={"host": None, "pid": None, **about})
+    attempt = Attempt(location, storage_options={}, timeout_s=10, owner=owner)
     with attempt.holding(Stop()):
         pass
     status = only(CheckpointManager())

@@ -86,6 +86,23 @@ def other() -> None:
 
 
 @app.task
+def functions() -> None:
+    """Calls another task as a function: that is part of this one."""
+    tell("function of", queue_work.current().task)
+    helper()
+
+
+@app.task
+def helper() -> None:
+    tell("function is", queue_work.current().task)
+
+
+@app.task
+def bystander() -> None:
+    queue_work.bystander()
+
+
+@app.task
 def fails() -> None:
     queue_work.current()
     raise ValueError

@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import uuid
 from typing import Any
 
 import taskckpt
+
+
+def me() -> taskckpt.TaskContext:
+    context = taskckpt.ctx()
+    assert context is not None
+    return context
 
 
 def tell(what: str, **values: Any) -> None:
@@ -62,8 +70,8 @@ def lose_to_another(what: str) -> None:
 
 def seen_by_thread() -> str:
     """What a plain thread of this task is told about who it is."""
-    taskckpt.ctx()
-    seen = []
+    me()
+    seen: list[str] = []
 
     def look() -> None:
         try:
@@ -76,3 +84,10 @@ def seen_by_thread() -> str:
     thread.start()
     thread.join()
     return seen[0]
+
+
+def seen_by_child() -> str:
+    """What a child process of this task is told about who it is."""
+    code = "import taskckpt; context = taskckpt.ctx(); print('nothing' if context is None else context.task)"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return child.stdout.strip() or child.stderr.strip().splitlines()[-1]

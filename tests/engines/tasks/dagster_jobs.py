@@ -33,6 +33,7 @@ from dagster import (
 
 import taskckpt
 from taskckpt import engines
+from taskckpt.errors import AmbiguousIdentityError
 from taskckpt.integrations.dagster import CheckpointResource
 
 STEPS = 4
@@ -46,8 +47,15 @@ def note(what, **values):
         journal.write(json.dumps({"what": what, "pid": os.getpid(), **values}) + "\n")
 
 
+def current():
+    context = taskckpt.ctx()
+    assert context is not None
+    return context
+
+
 def found():
     said = engines.detect()
+    assert said is not None
     return {"run": said.run, "task": said.task, "attempt": said.attempt, "base": said.base}
 
 
@@ -87,7 +95,7 @@ def raised(context, item):
 def stale():
     checkpoint = taskckpt.checkpoint()
     checkpoint.save_state_sync({"step": 1})
-    twin = taskckpt.Checkpoint(taskckpt.ctx().place.uri)
+    twin = taskckpt.Checkpoint(current().place.uri)
     twin.load_state_sync()
     note("stale", **found())
     checkpoint.save_state_sync({"step": 2})
@@ -105,7 +113,7 @@ with open(os.environ["JOURNAL"], "a") as journal:
 def parent(before):
     """Its thread and its child process are part of it, although others have run, and failed, in this process."""
     taskckpt.checkpoint().save_state_sync({"step": 7})
-    thread = threading.Thread(target=lambda: note("thread", task=taskckpt.ctx().task))
+    thread = threading.Thread(target=lambda: note("thread", task=current().task))
     thread.start()
     thread.join()
     subprocess.run([sys.executable, "-c", CHILD], check=True)
@@ -127,10 +135,24 @@ def starts_unclear(context, pipes: PipesSubprocessClient):
     pipes.run(command=[sys.executable, str(PIPED), "unclear"], context=context)
 
 
+@op
+def dies(context):
+    """On each run, after one more step."""
+    try:
+        checkpoint = taskckpt.checkpoint()
+    except AmbiguousIdentityError as error:
+        note("unclear", message=error.message, hint=error.hint)
+        raise
+    state = checkpoint.load_state_sync() or {"step": 0}
+    note("dies", resumes_from=state["step"], run_id=context.run_id, **found())
+    checkpoint.save_state_sync({"step": state["step"] + 1})
+    raise ConnectionError("once more")
+
+
 @op(retry_policy=RETRIES)
 def starts_own(context, pipes: PipesSubprocessClient):
     taskckpt.checkpoint()
-    pipes.run(command=[sys.executable, str(PIPED), "own"], context=context, env=taskckpt.ctx().environ())
+    pipes.run(command=[sys.executable, str(PIPED), "own"], context=context, env=current().environ())
 
 
 @asset(retry_policy=RETRIES, partitions_def=StaticPartitionsDefinition(["p/1", "p2"]))
@@ -164,13 +186,18 @@ def failing():
     fails()
 
 
+@job(executor_def=in_process_executor)
+def dying():
+    dies()
+
+
 @job(executor_def=in_process_executor, resource_defs={"pipes": PipesSubprocessClient()})
 def piping():
     starts_unclear()
     starts_own()
 
 
-defs = Definitions(jobs=[failing, killing])
+defs = Definitions(jobs=[dying])
 
 
 def say(result):
@@ -186,8 +213,7 @@ def main():
     with DagsterInstance.get() as instance:
         match sys.argv[1]:
             case "processes":
-                for _ in range(2):
-                    say(execute_job(reconstructable(killing), instance))
+                say(execute_job(reconstructable(killing), instance))
             case "here":
                 say(raising.execute_in_process(instance=instance, raise_on_error=False))
             case "again":
@@ -196,6 +222,13 @@ def main():
                     os.environ["TASKCKPT_SCOPE"] = scope
                     options = ReexecutionOptions(parent_run_id=first)
                     say(execute_job(reconstructable(failing), instance, reexecution_options=options))
+                # As the daemon marks the runs that it starts by itself; the second of them is the third of its root.
+                os.environ["TASKCKPT_SCOPE"] = "run"
+                parent = say(execute_job(reconstructable(dying), instance))
+                for retry in (1, 2):
+                    options = ReexecutionOptions(parent_run_id=parent)
+                    tags = {"dagster/retry_number": str(retry)}
+                    parent = say(execute_job(reconstructable(dying), instance, reexecution_options=options, tags=tags))
             case "assets":
                 resources = {"pipes": PipesSubprocessClient(), "checkpoints": CheckpointResource(base=sys.argv[2])}
                 say(materialize([several], instance=instance, resources=resources))

@@ -21,6 +21,7 @@ def main():
         except AmbiguousIdentityError as error:
             note(unclear=error.message, hint=error.hint)
             raise
+        assert here is not None
         checkpoint = taskckpt.checkpoint()
         state = checkpoint.load_state_sync() or {"step": 0}
         note(run=here.run, task=here.task, attempt=here.attempt, resumes_from=state["step"])

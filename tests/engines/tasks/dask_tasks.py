@@ -6,7 +6,7 @@ import asyncio
 import time
 
 import dask
-from cluster_work import count, end_badly, lose_to_another, seen_by_thread, tell
+from cluster_work import count, end_badly, lose_to_another, me, seen_by_child, seen_by_thread, tell
 from distributed import Client, LocalCluster, get_client, secede, span
 
 import taskckpt
@@ -24,7 +24,7 @@ async def coroutine(what):
 
     async def part():
         try:
-            return taskckpt.ctx().task
+            return me().task
         except taskckpt.errors.AmbiguousIdentityError as error:
             return f"loud: {error.hint}"
 
@@ -45,11 +45,16 @@ class Counter:
             return "loud"
 
 
+def looking_down():
+    me()
+    return seen_by_child()
+
+
 def interrupted(what):
     """Ends badly in each attempt, after a step."""
     checkpoint = taskckpt.checkpoint()
     began = int(checkpoint.load_bytes_sync() or 0)
-    tell(what, began=began, task=taskckpt.ctx().task, run=taskckpt.ctx().run)
+    tell(what, began=began, task=me().task, run=me().run)
     checkpoint.save_sync(str(began + 1).encode())
     if began < 2:
         end_badly("exception")
@@ -81,6 +86,7 @@ def first(client):
 def other(client):
     print("coroutine", client.submit(coroutine, "coroutine", retries=1).result()[1])
     print("thread sees", client.submit(seen_by_thread).result())
+    print("child sees", client.submit(looking_down).result())
     print("actor is", client.submit(Counter, actor=True).result().add().result())
     for retries in (0, 2):
         try:
@@ -107,13 +113,13 @@ def caller(item):
 @taskckpt.task(retries=0)
 def outer():
     taskckpt.checkpoint().save_sync(b"outer 9")
-    with cluster(n_workers=1, processes=False) as client:
+    with Cluster(n_workers=1, processes=False) as client:
         client.submit(mapped, 0, "in a process", "exception", retries=1).result()
         client.submit(caller, 0).result()
-    print("kept", taskckpt.checkpoint().load_bytes_sync().decode())
+    print("kept", taskckpt.checkpoint().load_bytes_sync())
 
 
-class cluster:
+class Cluster:
     def __init__(self, **options):
         self.options = options
 
@@ -129,10 +135,10 @@ class cluster:
 
 if __name__ == "__main__":
     assert taskckpt.ctx() is None
-    with cluster(n_workers=2) as client:
+    with Cluster(n_workers=2) as client:
         first(client)
         other(client)
-    with cluster(n_workers=2) as client:
+    with Cluster(n_workers=2) as client:
         # The same key in another cluster, perhaps at the same address.
         client.submit(mapped, 0, "second cluster", "kill", retries=2, key="key").result()
     outer()

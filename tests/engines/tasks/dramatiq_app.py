@@ -37,3 +37,8 @@ def stale() -> None:
 @dramatiq.actor
 def identities() -> None:
     queue_work.tell_identities()
+
+
+@dramatiq.actor
+def bystander() -> None:
+    queue_work.bystander()

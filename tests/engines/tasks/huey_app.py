@@ -9,12 +9,15 @@ from pathlib import Path
 import queue_work
 from huey import MemoryHuey, RedisHuey, SqliteHuey
 
+# A result is told when there are no retries left.
+LAST_ERROR = {"store_intermediate_errors": False}
+
 if "REDIS" in os.environ:
-    huey = RedisHuey("counting", url=os.environ["REDIS"])
+    huey = RedisHuey("counting", url=os.environ["REDIS"], **LAST_ERROR)
 elif "IMMEDIATE" in os.environ:
     huey = MemoryHuey("counting", immediate=True)
 else:
-    huey = SqliteHuey("counting", filename=os.environ["EVENTS"] + ".db")
+    huey = SqliteHuey("counting", filename=os.environ["EVENTS"] + ".db", **LAST_ERROR)
 
 
 @huey.task(retries=2)
@@ -28,8 +31,15 @@ def stale() -> None:
 
 
 @huey.task()
-def identities() -> None:
+def identities() -> str:
     queue_work.tell_identities()
+    return "told"
+
+
+@huey.task()
+def bystander() -> str:
+    queue_work.bystander()
+    return "told"
 
 
 def wait_for(event: str) -> None:

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from prefect import flow, task
 from prefect.task_runners import ProcessPoolTaskRunner
@@ -196,7 +198,7 @@ def takes_over(item: str) -> None:
     checkpoint.save_sync(b"1")
 
 
-def not_stale(task: object, run: object, state: object) -> bool:
+def not_stale(task: object, run: object, state: Any) -> bool:
     return not isinstance(state.data, StaleAttemptError)
 
 
@@ -214,11 +216,12 @@ def family(item: str) -> None:
     thread = threading.Thread(target=with_context, args=(lambda: tell("thread", current().task.replace(" ", "_")),))
     thread.start()
     thread.join()
-    ask = "import prefect.context, taskckpt; print([ctx and ctx.task.replace(' ', '_') for ctx in [taskckpt.ctx()]][0])"
+    ask = "import taskckpt; print([ctx and ctx.task.replace(' ', '_') for ctx in [taskckpt.ctx()]][0])"
     leaked = {name: value for name, value in os.environ.items() if not name.startswith("TASKCKPT_")}
     leaked["PREFECT__FLOW_RUN_ID"] = "0" * 32
-    for who, environ in (("child", {**leaked, **here.environ()}), ("stranger", leaked)):
-        tell(who, subprocess.check_output([sys.executable, "-c", ask], text=True, env=environ).strip())
+    ask_prefect = f"import prefect.context; {ask}"
+    for who, code, environ in (("child", ask, {**leaked, **here.environ()}), ("stranger", ask_prefect, leaked)):
+        tell(who, subprocess.check_output([sys.executable, "-c", code], text=True, env=environ).strip())
 
 
 @flow
@@ -248,15 +251,12 @@ def killed() -> None:
 
 def main() -> None:
     os.environ["SCRIPT"] = str(os.getpid())
-    mapped("one")
+    flows = (in_other_process, retried, equal_calls, not_plain, lambda: mapped("one"), lambda: retried_later("own"))
+    with ThreadPoolExecutor() as pool:
+        for done in [pool.submit(one) for one in (*flows, lambda: alone("alone"))]:
+            done.result()
     mapped("two")
-    retried()
-    retried_later("own")
-    equal_calls()
-    not_plain()
-    in_other_process()
     identities()
-    alone("alone")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import tempfile
 
 import ray
-from cluster_work import count, end_badly, lose_to_another, seen_by_thread, tell, told
+from cluster_work import count, end_badly, lose_to_another, me, seen_by_child, seen_by_thread, tell, told
 
 import taskckpt
 
@@ -18,8 +17,14 @@ def counted(what, end):
 
 
 @ray.remote
+def looking_down():
+    me()
+    return seen_by_child()
+
+
+@ray.remote
 def threaded():
-    return [taskckpt.ctx().task, seen_by_thread()]
+    return [me().task, seen_by_thread()]
 
 
 @ray.remote(max_retries=2, retry_exceptions=True)
@@ -30,14 +35,13 @@ def submits_again():
         raise ConnectionError
 
 
-@ray.remote(max_restarts=1, max_task_retries=1)
 class Counter:
     """Its state is the actor's; each call is a task of its own, too."""
 
     def __init__(self):
-        self.checkpoint = taskckpt.ctx().checkpoint
+        self.checkpoint = me().checkpoint
         self.number = int(self.checkpoint.load_bytes_sync() or 0)
-        context = taskckpt.ctx()
+        context = me()
         tell("actor begins", number=self.number, task=context.task, attempt=context.attempt)
 
     def add(self, end=""):
@@ -51,22 +55,21 @@ class Counter:
         return count(what, "kill")
 
 
-@ray.remote(max_task_retries=1, max_concurrency=2)
 class Async:
     def __init__(self):
         self.both = asyncio.Event()
         self.seen = []
 
     async def call(self):
-        self.seen.append(taskckpt.ctx().task)
+        self.seen.append(me().task)
         if len(self.seen) == 2:
             self.both.set()
         await asyncio.wait_for(self.both.wait(), 20)
         inner = await asyncio.gather(asyncio.create_task(self.look()))
-        return [taskckpt.ctx().task, *inner]
+        return [me().task, *inner]
 
     async def look(self):
-        return taskckpt.ctx().task
+        return me().task
 
 
 @ray.remote(max_retries=2, retry_exceptions=[ConnectionError])
@@ -87,15 +90,17 @@ def first():
     print("names", len(set(names)))
     task, seen = ray.get(threaded.remote())
     print("thread sees", seen, "of", task)
+    print("child sees", ray.get(looking_down.remote()))
     ray.get(submits_again.remote())
 
 
 def actors():
-    counter = Counter.remote()
-    print("actor counts", ray.get([counter.add.remote("kill") for _ in range(4)]))
-    pool = [Counter.options(max_restarts=3, max_task_retries=3).remote() for _ in range(2)]
+    counter = ray.remote(max_restarts=1, max_task_retries=1)(Counter).remote()
+    # One after the other: a call whose answer is lost with the worker is made again.
+    print("actor counts", [ray.get(counter.add.remote("kill")) for _ in range(4)])
+    pool = [ray.remote(max_restarts=3, max_task_retries=3)(Counter).remote() for _ in range(2)]
     print("calls", len(set(ray.get([actor.count.remote("call") for actor in pool for _ in range(2)]))))
-    calls = Async.remote()
+    calls = ray.remote(max_concurrency=2)(Async).remote()
     print("async", ray.get([calls.call.remote() for _ in range(2)]))
 
 
@@ -112,24 +117,20 @@ def driver():
     """A task of taskckpt starts a cluster, whose workers get its environment."""
     taskckpt.checkpoint().save_sync(b"driver 9")
     start()
-    print("outer", taskckpt.ctx().task)
+    print("outer", me().task)
     ray.get(counted.remote("inside", "exception"))
-    print("kept", taskckpt.checkpoint().load_bytes_sync().decode())
+    print("child inside sees", ray.get(looking_down.remote()))
+    print("kept", taskckpt.checkpoint().load_bytes_sync())
 
 
 def start():
-    ray.init(
-        num_cpus=3, include_dashboard=False, object_store_memory=80 * 2**20, logging_level=logging.ERROR,
-        _temp_dir=temp,
-    )  # fmt: skip
+    ray.init(num_cpus=3, include_dashboard=False, object_store_memory=80 * 2**20, logging_level=logging.ERROR)
 
 
-# Paths of sockets are short.
-with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as temp:
-    start()
-    first()
-    actors()
-    stale()
-    ray.shutdown()
-    driver()  # a second cluster: a second run
-    ray.shutdown()
+start()
+first()
+actors()
+stale()
+ray.shutdown()
+driver()  # a second cluster: a second run
+ray.shutdown()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
-import tempfile
 from contextlib import suppress
 
 import ray
-from cluster_work import end_badly, seen_by_thread, tell
+from cluster_work import end_badly, me, seen_by_child, seen_by_thread, tell
 from ray.train import RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.collective import barrier
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -18,13 +16,13 @@ import taskckpt
 
 
 def train(config):
-    context = taskckpt.ctx()
+    context = me()
     checkpoint = context.checkpoint
     began = int(checkpoint.load_bytes_sync() or 0)
     barrier()  # nobody saves before all have loaded
     tell(
         config["what"], began=began, rank=context.rank, world_size=context.world_size, run=context.run,
-        task=context.task, attempt=context.attempt, base=context.base, thread=seen_by_thread(), pid=os.getpid(),
+        task=context.task, attempt=context.attempt, base=context.base, thread=seen_by_thread(), child=seen_by_child(),
     )  # fmt: skip
     with suppress(taskckpt.errors.UsageError):
         if context.rank == 1:
@@ -51,11 +49,8 @@ def fit(what, name):
     ).fit()
 
 
-with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as temp:
-    ray.init(
-        num_cpus=4, include_dashboard=False, object_store_memory=80 * 2**20, logging_level=logging.ERROR, _temp_dir=temp
-    )
-    with suppress(WorkerGroupError):
-        fit("first", "counting")
-    fit("again", "counting")
-    ray.shutdown()
+ray.init(num_cpus=4, include_dashboard=False, object_store_memory=80 * 2**20, logging_level=logging.ERROR)
+with suppress(WorkerGroupError):
+    fit("first", "counting")
+fit("again", "counting")
+ray.shutdown()

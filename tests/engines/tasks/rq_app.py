@@ -8,12 +8,11 @@ from typing import Any
 
 from redis import Redis
 from rq import Queue, Repeat, Retry
-from rq.job import Job
 
 queue = Queue(connection=Redis.from_url(os.environ["REDIS"]))
 
 
-def send(function: str, *arguments: str, **options: Any) -> Job:
+def send(function: str, *arguments: str, **options: Any) -> Any:
     return queue.enqueue(f"queue_work.{function}", *arguments, **{"retry": Retry(max=3), **options})
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 import taskckpt
 from taskckpt.errors import UsageError
@@ -53,7 +53,7 @@ def start_torchrun(deaths: list[str]) -> None:
 
 def start_spawn() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(one_rank, (2, f"{folder}/store"), nprocs=2)
+        spawn(one_rank, (2, f"{folder}/store"), nprocs=2)
 
 
 def start_accelerate() -> None:
@@ -79,5 +79,15 @@ def train(way: str) -> None:
     print("task has done it", flush=True)
 
 
+@taskckpt.task(retries=0)
+def together() -> None:
+    """In each of torchrun's workers."""
+    start = f"{os.environ['TORCHELASTIC_RUN_ID']}-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    one_rank(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), f"{tempfile.gettempdir()}/group-{start}")
+
+
 if __name__ == "__main__":
-    train(sys.argv[1])
+    if sys.argv[1] == "together":
+        together()
+    else:
+        train(sys.argv[1])

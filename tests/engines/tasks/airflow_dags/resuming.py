@@ -11,15 +11,18 @@ import time
 from pathlib import Path
 
 try:
+    from airflow.providers.standard.operators.bash import BashOperator
     from airflow.sdk import dag, get_current_context, task
 except ImportError:  # Airflow 2
     from airflow.decorators import dag, task
+    from airflow.operators.bash import BashOperator
     from airflow.operators.python import get_current_context
 
 import taskckpt
 from taskckpt import engines
 
 STEPS = 4
+SHELL = Path(__file__).parent.parent / "airflow_shell.py"
 FOLDER = Path(os.environ["JOURNAL"]).parent
 
 
@@ -29,17 +32,24 @@ def note(what, **values):
         journal.write(json.dumps({"what": what, "pid": os.getpid(), **values}) + "\n")
 
 
+def current(**how):
+    context = taskckpt.ctx(**how)
+    assert context is not None
+    return context
+
+
 def found():
     said = engines.detect()
+    assert said is not None
     return {
         "run": said.run, "task": said.task, "attempt": said.attempt, "generation": said.generation,
         "execution": repr(said.execution), "run_id": get_current_context()["run_id"],
     }  # fmt: skip
 
 
-def count(die=None, item=0, what="count"):
+def count(die=None, item=0, what="count", on_clear="keep"):
     """Counts to STEPS; the first try dies half-way. What was saved says whose it is."""
-    checkpoint = taskckpt.checkpoint()
+    checkpoint = current(on_clear=on_clear).checkpoint
     state = checkpoint.load_state_sync() or {"item": item, "step": 0}
     note(what, item=item, of=state["item"], resumes_from=state["step"], **found())
     first = state["step"] == 0
@@ -66,7 +76,7 @@ def resuming():
     def stale():
         checkpoint = taskckpt.checkpoint()
         checkpoint.save_state_sync({"step": 1})
-        twin = taskckpt.Checkpoint(taskckpt.ctx().place.uri)
+        twin = taskckpt.Checkpoint(current().place.uri)
         twin.load_state_sync()
         note("stale", **found())
         checkpoint.save_state_sync({"step": 2})
@@ -82,6 +92,10 @@ def cleared():
         count("raise", what="cleared_after")
 
     @task
+    def cleared_anew():
+        count(None if get_current_context()["ti"].try_number > 1 else "raise", what="cleared_anew", on_clear="fresh")
+
+    @task
     def other():
         count(what="other")
 
@@ -92,8 +106,23 @@ def cleared():
         until((FOLDER / "cleared").exists)
 
     cleared_after()
+    cleared_anew()
     other()
     cleared_within()
+
+
+@dag(schedule=None, default_args={"retries": 1, "retry_delay": 0.1})
+def in_turn():
+    @task
+    def first():
+        count("raise", what="first")
+
+    @task
+    def after():
+        handed_down = [name for name in os.environ if name.startswith("TASKCKPT_") and name != "TASKCKPT_BASE"]
+        note("after", handed_down=handed_down)
+
+    first() >> after()
 
 
 @dag(schedule=None)
@@ -105,6 +134,16 @@ def children():
         subprocess.run([sys.executable, "-c", CHILD], check=True)
 
     parent()
+
+
+@dag(schedule=None, default_args={"retries": 1, "retry_delay": 0.1})
+def shell():
+    """Commands that see the task in their environment only, which does not tell mapped ones apart."""
+    command = f"{sys.executable} {SHELL} {{}}"
+    commands = [command.format(item) for item in (0, 1)]
+    BashOperator.partial(task_id="unclear", retries=0).expand(bash_command=commands)
+    index = {"TASKCKPT_INDEX": "{{ ti.map_index }}"}
+    BashOperator.partial(task_id="clear", env=index, append_env=True).expand(bash_command=commands)
 
 
 CHILD = """
@@ -126,3 +165,5 @@ def until(happened, timeout_s=60):
 resuming()
 cleared()
 children()
+shell()
+in_turn()
