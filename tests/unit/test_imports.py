@@ -101,7 +101,7 @@ LONG_FILE, LONGEST_FILE = 450, 620
 LONG_FUNCTION, LONGEST_FUNCTION = 40, 60
 # Lines that hold code, in all modules of the core: not in what is built on ``Checkpoint``, which anybody could write.
 BUILT_ON_IT = ("testing", "cli", "stages", "iterators", "integrations", "engines")
-LARGEST_CORE = 11_500
+LARGEST_CORE = 11_700
 
 TREES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
