@@ -40,7 +40,7 @@ test: $(VENV)/.dev $(VENV)/.azurite-$(AZURITE) $(if $(TORCH),$(VENV)/.torch)
 test-datarax: $(DATARAX_VENV)/.datarax
 	$(DATARAX_VENV)/bin/python -m pytest -q tests/datarax tests/test_seed_datarax.py $(ARGS)
 
-test-engines: $(VENV)/.dev $(ENGINES:%=$(ENGINES_VENVS)/%/.installed)
+test-engines: $(VENV)/.dev $(ENGINES_VENVS)/.redis $(ENGINES:%=$(ENGINES_VENVS)/%/.installed)
 	TASKCKPT_TEST_ENGINES="$(ENGINES)" $(BIN)/pytest -n auto --dist worksteal tests/engines $(ARGS)
 
 check: $(VENV)/.dev
@@ -94,6 +94,15 @@ $(DATARAX_VENV)/.datarax: pyproject.toml tests/requirements-datarax.txt | $(DATA
 $(ENGINES_VENVS)/%/.installed: pyproject.toml tests/engines/requirements/%.txt | $(ENGINES_VENVS)/%/bin/python
 	@echo "installing $* into $(ENGINES_VENVS)/$* ..."
 	@$(ENGINES_VENVS)/$*/bin/python -m pip install -qq --disable-pip-version-check -e . -r tests/engines/requirements/$*.txt
+	@touch $@
+
+# Queues have their messages in Redis, a package of Debian. Without it those tests are skipped, and say so.
+$(ENGINES_VENVS)/.redis:
+	@mkdir -p $(ENGINES_VENVS)
+	@command -v redis-server > /dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null \
+	  && echo "installing redis-server by apt ..." && apt-get update -qq \
+	  && apt-get install -qq -y --no-install-recommends redis-server > /dev/null; } \
+	  || echo "!!! There is no redis-server (apt install redis-server): no queue will be tested against Redis !!!" >&2
 	@touch $@
 
 # A peer that cannot be installed is left out, and its rows say so.

@@ -13,6 +13,7 @@ from typing import Any, assert_type
 
 import taskckpt
 from taskckpt import (
+    AmbiguousIdentityError,
     BestN,
     Budget,
     Checkpoint,
@@ -152,6 +153,11 @@ assert_type(current.task, str)
 assert_type(current.attempt, int | None)
 assert_type(current.base, str)
 assert_type(current.key, str | None)
+assert_type(current.rank, int | None)
+assert_type(current.world_size, int | None)
+assert_type(ctx(scope="lineage", on_clear="fresh"), TaskContext | None)
+ctx(scope="all")  # type: ignore[arg-type]
+assert_type(checkpoint("shard", per_rank=True, keep=5), Checkpoint)
 assert_type(current.checkpoint, Checkpoint)
 assert_type(current.checkpoint_paths.checkpoint_path, str)
 assert_type(current.checkpoint_paths.prev_checkpoint_path, str)
@@ -243,6 +249,8 @@ except StaleAttemptError as error:
     assert_type(error.code, str)
     assert_type(error.uri, str | None)
     assert_type(error.hint, str | None)
+except AmbiguousIdentityError as error:
+    as_usage: ValueError = error
 except errors.NotFoundError as error:
     as_builtin: FileNotFoundError = error
 except TaskckptError as error:
@@ -337,6 +345,7 @@ def resolver() -> engines.EngineTask | None:
 
 
 engines.register("mine", resolver)
+engines.EngineTask("mine", run="r", task="t", execution=engines.PROCESS, stale=engines.ending(KeyError, code=7))
 engines.register("mine", lambda: 7)  # type: ignore[arg-type, return-value]
 assert_type(engines.detect(), engines.EngineTask | None)
 
