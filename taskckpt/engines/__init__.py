@@ -27,6 +27,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
@@ -46,6 +47,8 @@ __all__ = [
     "unregister",
 ]
 
+# The group of entry points with which packages offer engines.
+GROUP = "taskckpt.engines"
 # Names the one engine that counts, or "none".
 ENGINE = "TASKCKPT_ENGINE"
 NONE = "none"
@@ -180,16 +183,33 @@ def _other(name: str, resolver: Resolver) -> _Engine:
 
 @functools.cache
 def _ours() -> tuple[_Engine, ...]:
-    """Those of installed packages, and of this one. Looked for once: that reads the metadata of all packages."""
-    from importlib.metadata import entry_points
-
+    """Those of installed packages, and of this one. Looked for once."""
     from taskckpt.engines import environment, systems
 
     return (
-        *(_other(point.name, point.load()) for point in entry_points(group="taskckpt.engines")),
+        *_published(),
         *(_Engine(name, "task", functools.partial(_ask, name, module)) for name, module in ORDER.items()),
         *(_Engine(one.name, one.layer, functools.partial(environment.find, one)) for one in systems.SYSTEMS),
     )
+
+
+def _published() -> Iterator[_Engine]:
+    """Those that other packages offer. Nearly always there are none, and to import what reads them takes 25 ms."""
+    if not any(GROUP.encode() in text for text in _entry_points_files()):
+        return
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group=GROUP):
+        yield _other(point.name, point.load())
+
+
+def _entry_points_files() -> Iterator[bytes]:
+    for folder in dict.fromkeys(sys.path):
+        with suppress(OSError):  # an entry of sys.path need not be there
+            for entry in os.scandir(folder or "."):
+                if entry.name.endswith((".dist-info", ".egg-info")):
+                    with suppress(OSError), open(f"{entry.path}/entry_points.txt", "rb") as file:
+                        yield file.read()
 
 
 def _ask(name: str, module: str) -> EngineTask | None:
