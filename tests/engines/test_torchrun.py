@@ -74,12 +74,7 @@ def test_a_task_in_each_rank(torchrun: Engine) -> None:
     assert output.count("rank may not save") == 2
 
 
-FORKED = pytest.mark.xfail(strict=True, reason="a forked child has its parent's context, which has no rank")
-
-
-@pytest.mark.parametrize(
-    ("way", "goes_on_from"), [("torchrun", 3), ("spawn", 2), pytest.param("accelerate", 2, marks=FORKED)]
-)
+@pytest.mark.parametrize(("way", "goes_on_from"), [("torchrun", 3), ("spawn", 2), ("accelerate", 2)])
 def test_ranks_that_a_task_starts_belong_to_it(torchrun: Engine, way: str, goes_on_from: int) -> None:
     output = run(torchrun, "python", TASK, way, env={"LOADS_FIRST": "1"} if way == "spawn" else None)
     assert starts(output) == both((0, 0), (1, goes_on_from))
