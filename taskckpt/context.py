@@ -46,7 +46,7 @@ DEFAULT_BASE = ".taskckpt"
 # The origin of a value that nobody gave.
 MADE_UP = "made up"
 
-# Where the engine does not tell apart the items of one step: any text that does.
+# Which of an engine's identities counts, where nobody says it in the code.
 SCOPE, ON_CLEAR = "TASKCKPT_SCOPE", "TASKCKPT_ON_CLEAR"
 
 Scope: TypeAlias = Literal["run", "lineage"]
