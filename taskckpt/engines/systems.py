@@ -184,8 +184,8 @@ _WORKFLOWS = (
         run=("ARGO_WORKFLOW_NAME?",),
         same_run="the environment of an Argo pod does not say which workflow of that name it is",
         same_item="the environment of an Argo pod does not say which task it is",
-        hint="Set in the template's env: TASKCKPT_RUN: '{{workflow.uid}}', TASKCKPT_INDEX: '{{tasks.name}}' (with the "
-        "item, if it has any), and with a retryStrategy TASKCKPT_ATTEMPT: '{{retries}}'.",
+        hint="Hand '{{tasks.name}} {{item}}' to the template as a parameter, and set in its env: TASKCKPT_INDEX to "
+        "that, TASKCKPT_RUN: '{{workflow.uid}}', and with a retryStrategy TASKCKPT_ATTEMPT: '{{retries}}'.",
     ),
     System(
         name="github-actions",
