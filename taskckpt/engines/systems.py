@@ -33,7 +33,7 @@ def _by_cluster_spec(values: Values) -> Values:
         return values
     more = {"CLUSTER_SPEC.trial": str(task.get("trial") or "")}
     workers = [(pool, index) for pool in sorted(pools) for index in range(len(pools[pool]))]
-    me = (task.get("type"), task.get("index"))
+    me: tuple[Any, Any] = (task.get("type"), task.get("index"))
     if me in workers:
         more |= {"CLUSTER_SPEC.rank": str(workers.index(me)), "CLUSTER_SPEC.size": str(len(workers))}
     return {**values, **more}
