@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from taskckpt._pending import PendingSave
     from taskckpt._selection import CheckpointInfo
     from taskckpt._task import task
+    from taskckpt._task_context import TaskContext
     from taskckpt._when import Budget, EverySeconds, EverySteps
-    from taskckpt.context import TaskContext, checkpoint, ctx
+    from taskckpt.context import checkpoint, ctx
     from taskckpt.errors import AmbiguousIdentityError, StaleAttemptError, TaskckptError, TaskckptWarning
     from taskckpt.iterators import CheckpointableIterator, IteratorCheckpoint, PipelineCheckpoint
     from taskckpt.latest import latest_checkpoint
@@ -75,7 +76,7 @@ _HOMES = {
     "PruneDecision": "taskckpt._history",
     "AmbiguousIdentityError": "taskckpt.errors",
     "StaleAttemptError": "taskckpt.errors",
-    "TaskContext": "taskckpt.context",
+    "TaskContext": "taskckpt._task_context",
     "TaskckptError": "taskckpt.errors",
     "TaskckptWarning": "taskckpt.errors",
     "checkpoint": "taskckpt.context",

@@ -34,6 +34,7 @@ from taskckpt._selection import CheckpointInfo, Selection, info_of
 from taskckpt._stores import Location, Store, open_store, parse
 from taskckpt._telling import tell_loaded, tell_saved
 from taskckpt.errors import (
+    AmbiguousIdentityError,
     CorruptCheckpointError,
     NotFoundError,
     SourceChangedError,
@@ -87,6 +88,7 @@ class Owner:
         about: What records tell people about this attempt.
         rank: Which of the processes this is that do the task together; only the first, 0, may write.
         stale: What is raised once a newer attempt has the task.
+        stands_for: What else must be the same in all attempts, where a name might be given to several tasks.
         on_hold: Called once, when this process has claimed or joined.
         on_nothing: Called when a load finds nothing.
     """
@@ -96,6 +98,7 @@ class Owner:
     about: Mapping[str, Any] = field(default_factory=dict)
     rank: int = 0
     stale: type[StaleAttemptError] = StaleAttemptError
+    stands_for: str | None = None
     on_hold: Callable[[], None] | None = None
     on_nothing: Callable[[], None] | None = None
 
@@ -219,6 +222,7 @@ class Attempt:
         using = _Timed(use)
 
         def load(origin: Origin, found: Loadable) -> tuple[dict[str, Any], T | None]:
+            self._expect_same_task(found)
             # A fork begins its own iterations; only the task's own places, and src, say where they were.
             positions = _payload.read_positions(origin.store, found, stop) if origin.slot is None else {}
             return positions, using(origin, found) if _payload.kind_of(found) != "nothing" else None
@@ -237,6 +241,21 @@ class Attempt:
             return None
         tell_loaded(found.origin, found.what, find_s=time.monotonic() - began - using.seconds, restore_s=using.seconds)
         return found.result[1]
+
+    def _expect_same_task(self, found: Loadable) -> None:
+        """Two tasks that were given one name must not load each other's state."""
+        mine = self._owner.stands_for
+        if mine is None or not isinstance(found, Commit):
+            return
+        theirs = (found.repeats or found.stamp).about.get("for", mine)
+        if theirs != mine:
+            raise AmbiguousIdentityError(
+                f"What was saved here was saved by {theirs!r}, and this is {mine!r}: two tasks have one name, or the "
+                "program was moved, or is called in another way.",
+                uri=self.dest.uri,
+                hint="Two tasks: give each a name by TASKCKPT_INDEX, TASKCKPT_TASK or key=. One: name it by key=, or "
+                "start it as before.",
+            )
 
     def _resume_from(self, found: Found[tuple[dict[str, Any], T | None]] | None, store: Store) -> None:
         """What is saved next goes on from there."""
@@ -516,6 +535,7 @@ class Attempt:
     def _own_log(self, store: Store) -> TaskLog:
         if self._log is None:
             about = {"host": platform.node(), "pid": os.getpid(), "keep": text_of(self.policy), **self._owner.about}
+            about["for"] = self._owner.stands_for
             self._log = TaskLog(
                 store,
                 claim_nonce=self.claim_nonce,

@@ -15,14 +15,14 @@ from collections import OrderedDict, deque
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from taskckpt._stores import is_unset
 from taskckpt.engines import PROCESS
 from taskckpt.errors import AmbiguousIdentityError, UsageError
 
 if TYPE_CHECKING:
-    from taskckpt.context import TaskContext
+    from taskckpt._task_context import TaskContext
 
 # What a task hands down to its child processes.
 BASE, RUN, TASK, ATTEMPT, KEY, KEEP = (f"TASKCKPT_{n}" for n in ("BASE", "RUN", "TASK", "ATTEMPT", "KEY", "KEEP"))
@@ -32,10 +32,16 @@ CLAIMS = "TASKCKPT_CLAIMS"
 MOST_CLAIMS = 256
 # Which of several processes this is that do the task together, where nothing else tells its children.
 RANK = "TASKCKPT_RANK"
+# Set instead of a task's name that no environment can hold: where the task lies, below the base.
+PLACE = "TASKCKPT_PLACE"
+# Longer ones would leave no room for what a child process is started with (128 KiB in all, for one variable).
+LONGEST_NAME_BYTES = 8192
 # Set instead of a task where several ran at once, and a child could belong to any of them.
 AMBIGUOUS = "TASKCKPT_AMBIGUOUS"
-_HANDED_DOWN = (BASE, RUN, TASK, ATTEMPT, KEY, KEEP, RANK, CLAIMS, AMBIGUOUS)
+_HANDED_DOWN = (BASE, RUN, TASK, ATTEMPT, KEY, KEEP, RANK, PLACE, CLAIMS, AMBIGUOUS)
 
+# Of more tasks at a time no child is told the claims, but by one of them: it would take a while at each beginning.
+MOST_TOLD = 16
 # More executions of an engine's tasks are not remembered, where nothing tells when one has ended.
 MOST_EXECUTIONS = 4096
 
@@ -48,14 +54,16 @@ class Running(NamedTuple):
     Attributes:
         context: The task.
         older: The threads that it did not start.
-        strand: What runs it, one thing at a time.
+        strand: What runs it, one thing at a time. Weakly: what an engine runs may be its own end's only witness.
         alone: No other task can run in this process that is not among those that run here.
+        execution: Of which execution of an engine's task it is: one in several scopes is one.
     """
 
     context: TaskContext
     older: weakref.WeakSet[threading.Thread]
-    strand: object
+    strand: weakref.ref[Any]
     alone: bool = True
+    execution: int = 0
 
 
 class Process:
@@ -74,8 +82,11 @@ class Process:
         self.own_nonces: OrderedDict[str, None] = OrderedDict()
         self.heard_parent_in = 0
         self.runs_parts = False
+        self.runs_tasks = False
         self.warned: set[str] = set()
         self.named: dict[str, tuple[str, str]] = {}
+        self.bases: dict[str, str] = {}
+        self.unranked: set[str] = set()
 
 
 process = Process()
@@ -110,13 +121,16 @@ def running(context: TaskContext) -> Generator[TaskContext]:
     # This thread too: here the context variable tells, and other coroutines of its event loop are not in the task.
     older = weakref.WeakSet(threading.enumerate())
     with exclusively():
-        process.running[id(context)] = Running(context, older, _strand())
-        _export()
-    token = current.set(context)
+        process.running[id(context)] = Running(context, older, weakref.ref(_strand()))
     try:
-        yield context
+        with exclusively():
+            _export()
+        token = current.set(context)
+        try:
+            yield context
+        finally:
+            current.reset(token)
     finally:
-        current.reset(token)
         _end(context)
 
 
@@ -156,22 +170,33 @@ def _remembered(
             return known
         process.executions[identity] = made
         if execution is PROCESS:
-            _end_all_of_process()
+            _end_others_of_process(made)
         if execution is not None:
             older = weakref.WeakSet(threading.enumerate())
-            process.running[id(made)] = Running(made, older, _strand(), alone)
+            strand = weakref.ref(_strand())
+            process.running[id(made)] = Running(made, older, strand, alone, id(execution))
             if execution is not PROCESS:
                 weakref.finalize(execution, _execution_ended, identity).atexit = False
             _export()
-        while len(process.executions) > MOST_EXECUTIONS:
-            process.executions.popitem(last=False)
+        else:
+            _end_oldest()
         return made
 
 
-def _end_all_of_process() -> None:
-    """A process that runs one task runs another one now, or the next attempt."""
-    earlier = [identity for identity in process.executions if identity[-1] == id(PROCESS)]
-    process.ended.extend(earlier[:-1])
+def _end_oldest() -> None:
+    """Of those whose end nobody tells, so many are remembered."""
+    if len(process.executions) <= MOST_EXECUTIONS:
+        return
+    silent = [identity for identity, one in process.executions.items() if id(one) not in process.running]
+    for identity in silent[:-MOST_EXECUTIONS]:
+        _end(process.executions.pop(identity))
+
+
+def _end_others_of_process(made: TaskContext) -> None:
+    """A process that runs one task runs another one now, or the next attempt; not the same in another scope."""
+    for identity, one in process.executions.items():
+        if identity[-1] == id(PROCESS) and one is not made and (one.engine, one.attempt) != (made.engine, made.attempt):
+            process.ended.append(identity)
     _forget_ended()
 
 
@@ -212,9 +237,17 @@ def of_thread() -> TaskContext | None:
 
 def _innermost(running: list[Running]) -> list[TaskContext]:
     """Those that can start threads and processes now: not those that wait for a task that they called."""
-    strands = {id(one.context): one.strand for one in running}
-    waiting = {id(one.context.parent) for one in running if strands.get(id(one.context.parent)) is one.strand}
-    return [one.context for one in running if id(one.context) not in waiting]
+    strands = {id(one.context): one.strand() for one in running}
+    waiting = {
+        id(one.context.parent)
+        for one in running
+        if one.context.parent is not None and (strand := one.strand()) is not None
+        if strands.get(id(one.context.parent)) is strand
+    }
+    innermost = [one for one in running if id(one.context) not in waiting]
+    # One execution that was asked for in several scopes is one task: the one that was asked for last.
+    latest = {one.execution or id(one.context): one.context for one in innermost}
+    return list(latest.values())
 
 
 def _strand() -> object:
@@ -280,7 +313,8 @@ def _parsed_claims() -> dict[str, str]:
 def claims(*more: TaskContext) -> str:
     """The newest claims of this process and of its parents, for children: they join what they find here."""
     with exclusively():
-        here = [one.context for one in process.running.values()]
+        # Where several run, children are told by each of them, if at all.
+        here = [one.context for one in process.running.values()] if len(process.running) <= MOST_TOLD else []
         held = [*process.claims.items(), *((digest_of(one), one) for one in (*here, *more))]
         own = {digest: one._nonce for digest, one in held}  # noqa: SLF001
         handed = {digest: nonce for digest, nonce in _parsed_claims().items() if digest not in own}
@@ -296,16 +330,16 @@ def _export() -> None:
         process.environ_before = dict(os.environ)
     values = {name: process.environ_before.get(name) for name in _HANDED_DOWN}
     candidates = list(process.running.values())
-    innermost = _innermost(candidates)
-    if len(innermost) == 1 and all(one.alone for one in candidates):
+    innermost = _innermost(candidates) if all(one.alone for one in candidates) else []
+    if len(innermost) == 1:
         values |= innermost[0].environ()
-    elif innermost or process.runs_parts:
+    elif candidates or process.runs_parts:
         number = str(len(innermost)) if len(innermost) > 1 else "several"
-        values |= dict.fromkeys((TASK, KEY, ATTEMPT)) | {AMBIGUOUS: number}
+        values |= dict.fromkeys((TASK, KEY, PLACE, ATTEMPT)) | {AMBIGUOUS: number}
     values[CLAIMS] = claims() or None
     _set_environ(values)
     _tell_children(values)
-    if not innermost and not process.runs_parts:
+    if not candidates and not process.runs_parts:
         process.environ_before = None
 
 
@@ -317,12 +351,20 @@ def runs_parts() -> None:
             _export()
 
 
+def can_be_handed_down(name: str) -> bool:
+    """Whether an environment can hold the name, and has room for it."""
+    try:
+        return "\0" not in name and len(os.fsencode(name)) <= LONGEST_NAME_BYTES and not is_unset(name)
+    except UnicodeEncodeError:
+        return False
+
+
 def _set_environ(values: Mapping[str, str | None]) -> None:
     for name, value in values.items():
-        if value:
-            os.environ[name] = value
-        else:
+        if not value:
             os.environ.pop(name, None)
+        elif os.environ.get(name) != value:  # other threads may be copying it
+            os.environ[name] = value
 
 
 # A fork server gives its children the environment of the moment when it was started, perhaps by another

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar, overload
 from taskckpt import _process, context, engines
 from taskckpt._identity import expect_one_function, identity_of
 from taskckpt._operation import Stop
+from taskckpt._task_context import MADE_UP, TaskContext
 from taskckpt._testing import switches
-from taskckpt.context import OnClear, Scope, TaskContext
+from taskckpt.context import OnClear, Scope
 from taskckpt.errors import (
     SourceChangedError,
     StaleAttemptError,
@@ -258,7 +259,7 @@ class _Call:
             return False  # rank 0 does
         if self._spec.clear_on_success is not None:
             return self._spec.clear_on_success
-        return self._key is None and self._run()[1] == context.MADE_UP
+        return self._key is None and self._run()[1] == MADE_UP
 
 
 class _AsyncCall(_Call):
@@ -362,6 +363,7 @@ def _key_of(spec: _Spec, args: Any, kwargs: Any) -> str | None:
     key = spec.key if isinstance(spec.key, str) else spec.key(*args, **kwargs)
     if not isinstance(key, str) or not key.strip():
         raise UsageError(f"key= gave {key!r}; it must be a str that is not blank.")
+    context.expect_key(key)
     return key
 
 

@@ -10,24 +10,22 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import warnings
+import threading
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, get_args
 
 from taskckpt import _process, engines
 from taskckpt._keep import KeepPolicy, LatestN, parse_policy
-from taskckpt._layout import LOCAL_RUN, keyed_prefix, task_prefix
-from taskckpt._log.slots import new_nonce
-from taskckpt._process import AMBIGUOUS, ATTEMPT, BASE, CLAIMS, KEEP, KEY, RANK, RUN, TASK, given, own_environ
-from taskckpt._stores import Location, parse
-from taskckpt.engines import PROCESS, EngineTask, Here
+from taskckpt._layout import LOCAL_RUN
+from taskckpt._process import AMBIGUOUS, ATTEMPT, BASE, CLAIMS, KEEP, KEY, PLACE, RANK, RUN, TASK, given, own_environ
+from taskckpt._stores import is_unset, parse
+from taskckpt._task_context import MADE_UP, TaskContext
+from taskckpt.engines import PROCESS, EngineTask, Here, environment
 from taskckpt.errors import (
     AmbiguousIdentityError,
     NoTaskContextError,
-    StaleAttemptError,
-    TaskckptWarning,
     UsageError,
     UsageTypeError,
 )
@@ -43,8 +41,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("taskckpt")
 
 DEFAULT_BASE = ".taskckpt"
-# The origin of a value that nobody gave.
-MADE_UP = "made up"
 
 # Which of an engine's identities counts, where nobody says it in the code.
 SCOPE, ON_CLEAR = "TASKCKPT_SCOPE", "TASKCKPT_ON_CLEAR"
@@ -67,134 +63,6 @@ class Options(Settings, total=False):
     """What ``checkpoint`` takes beside a key."""
 
     per_rank: bool
-
-
-@dataclass(frozen=True)
-class CheckpointPaths:
-    """Flyte's pair of paths. Both are the task's one place: it holds the state of all its attempts."""
-
-    checkpoint_path: str
-    prev_checkpoint_path: str
-
-
-@dataclass(frozen=True, eq=False)
-class TaskContext:
-    """One attempt of one task.
-
-    Attributes:
-        run: The run; ``local`` in a plain script. A task with a ``key`` spans runs.
-        task: The task's identity, the same over all its attempts.
-        attempt: Counted from 0; None if nobody knows. Information: nothing is decided from it.
-        base: Where all tasks lie: a URL, or an absolute local path.
-        key: The name that the user gave the task, if any.
-        rank: Which of several processes that do the task together this one is, from 0: only rank 0 saves.
-            None if it is alone, or nobody knows.
-        world_size: How many these are, or None.
-        engine: What the engine said, if one runs the task.
-        origins: For each value, where it came from.
-    """
-
-    run: str
-    task: str
-    attempt: int | None
-    base: str
-    key: str | None = None
-    origins: Mapping[str, str] = field(default_factory=dict)
-    keep: int | KeepPolicy | None = 3
-    save_policy: SavePolicy | int | str | None = None
-    fork_from: Target | CheckpointInfo | None = None
-    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    timeout_s: float = 300
-    rank: int | None = None
-    world_size: int | None = None
-    engine: EngineTask | None = field(default=None, repr=False)
-    parent: TaskContext | None = field(default=None, repr=False)
-    _handed_nonce: str | None = field(default=None, repr=False)
-    _of_process: bool = field(default=False, repr=False)
-    _is_ambiguous: bool = field(default=False, repr=False)
-    _within: str = field(default="", repr=False)
-    _made_in: int = field(default_factory=os.getpid, repr=False)
-
-    @property
-    def place(self) -> Location:
-        """Where the task's state lies."""
-        prefix = keyed_prefix(self.key) if self.key is not None else task_prefix(self.run, self.task)
-        return parse(self.base, what="base").child(prefix)
-
-    @property
-    def checkpoint_paths(self) -> CheckpointPaths:
-        """The task's place, twice, for code that expects Flyte's two paths."""
-        return CheckpointPaths(self.place.uri, self.place.uri)
-
-    @property
-    def _is_override(self) -> bool:
-        """Whether a person named the task in the environment: what a task hands down brings its claim along."""
-        return self.origins.get("task") in (TASK, KEY) and self._handed_nonce is None
-
-    @cached_property
-    def _nonce(self) -> str:
-        return self._handed_nonce or new_nonce()
-
-    @cached_property
-    def checkpoint(self) -> Checkpoint:
-        """This attempt's checkpoint; the same object every time."""
-        from taskckpt._attempt import Owner
-        from taskckpt._checkpoint import Checkpoint
-
-        return Checkpoint._for_context(  # noqa: SLF001 - the two rooms share one door
-            self.place,
-            keep=self.keep,
-            save_policy=self.save_policy,
-            fork_from=self.fork_from,
-            storage_options=dict(self.storage_options),
-            timeout_s=self.timeout_s,
-            owner=Owner(
-                self._nonce,
-                inherited=self._handed_nonce is not None or self._made_in != os.getpid(),
-                about={"run": self.run, "task": self.task, "attempt": self.attempt},
-                rank=self.rank or 0,
-                stale=self.engine.stale if self.engine is not None else StaleAttemptError,
-                on_hold=partial(_process.hand_down_claim, self) if self._of_process else None,
-                on_nothing=self._tell_nothing,
-            ),
-            src=self._src,
-        )
-
-    @property
-    def _src(self) -> tuple[str, ...]:
-        """Where else to look, if the task is the very one that the engine named."""
-        said = self.engine
-        is_named_by_it = said is not None and self.key is None and self.origins.get("task") == said.engine
-        return said.src if said is not None and is_named_by_it and self.fork_from is None else ()
-
-    def _tell_nothing(self) -> None:
-        """Nothing was found by what is a retry, in a place that perhaps only an earlier host had."""
-        if self.engine is None or not self.attempt or self.origins.get("base") != MADE_UP:
-            return
-        message = (
-            f"Attempt {self.attempt} (from 0) of this {self.engine.engine} task found nothing in {self.base} on host "
-            f"{platform.node()}, and begins anew: what an earlier attempt saved on another host, or in a container "
-            f"that is gone, is not there. Set {BASE} to a place that all hosts share."
-        )
-        logger.error(message)
-        warnings.warn(message, TaskckptWarning, stacklevel=2)
-
-    def environ(self) -> dict[str, str]:
-        """What a child process needs in its environment to be part of this attempt.
-
-        All of it, so that ``{**os.environ, **ctx().environ()}`` says one thing: what does not apply is blank.
-        """
-        return {
-            BASE: self.base,
-            RUN: self.run,
-            TASK: self.task if self.key is None else "",
-            KEY: self.key or "",
-            ATTEMPT: "" if self.attempt is None else str(self.attempt),
-            RANK: "" if self.rank is None else str(self.rank),
-            KEEP: "all" if self.keep is None else str(self.keep),
-            CLAIMS: _process.claims(self),
-            AMBIGUOUS: "",
-        }
 
 
 def ctx(*, scope: Scope | None = None, on_clear: OnClear | None = None) -> TaskContext | None:
@@ -272,7 +140,7 @@ def _innermost(said: EngineTask | None, choice: _Choice, *, of_threads: bool) ->
     current = _process.current.get()
     if said is not None and not said.in_environment and not (current is not None and _is_around(current, said)):
         return _of_engine(said, current, choice)
-    return current or (_process.of_thread() if of_threads else None) or _of_process(said, choice)
+    return current or (_process.of_thread() if of_threads else None) or _of_process(said, choice, of_threads=of_threads)
 
 
 def _is_around(current: TaskContext, said: EngineTask) -> bool:
@@ -295,9 +163,13 @@ def _outside(current: TaskContext | None, said: EngineTask) -> TaskContext | Non
 def _of_engine(said: EngineTask, current: TaskContext | None, choice: _Choice) -> TaskContext:
     """The task that an engine runs in this thread, inside of another one perhaps."""
     made, outer = _made_of(said, choice), _outside(current, said) or _of_environment(said)
+    if said.execution is not PROCESS:
+        _process.process.runs_tasks = True
+        if not _tells_its_end(said.execution) and engines.has_system():
+            _process.runs_parts()  # a child, too, would take itself for the job around
     if outer is not None and outer._is_override:  # noqa: SLF001
         _expect_one_task(outer, said)
-        made, outer = outer, None
+        made, outer = replace(outer, _stands_for=said.task), None
     if outer is not None:
         if (outer.run, outer.task, outer.key) == (made.run, made.task, None):
             return outer  # a process above this one was the same task, and said so
@@ -305,13 +177,21 @@ def _of_engine(said: EngineTask, current: TaskContext | None, choice: _Choice) -
         if current is None:
             _process.runs_parts()
         # The engine's own run, too: its tasks may be called alike in each.
-        task = f"{engines.name_of(said.run, said.task)}{inside(outer)}"
+        task = f"{engines.name_of(_run_of(said, choice), said.task).replace('<', '%3C')}{inside(outer)}"
         made = replace(made, run=outer.run, task=task, base=outer.base, origins=origins, parent=outer)
     if said.execution is None:
         return _once(made)
     identity = (_which(made), None if outer is None else outer._nonce)  # noqa: SLF001
     made = replace(made, _handed_nonce=_process.handed_nonce(made))
     return _process.of_execution(identity, said.execution, made, alone=said.alone or said.execution is PROCESS)
+
+
+def _tells_its_end(execution: object) -> bool:
+    try:
+        weakref.ref(execution)
+    except TypeError:
+        return False
+    return execution is not None
 
 
 def _expect_one_task(named: TaskContext, said: EngineTask) -> None:
@@ -326,21 +206,24 @@ def _expect_one_task(named: TaskContext, said: EngineTask) -> None:
 
 
 def _made_of(said: EngineTask, choice: _Choice) -> TaskContext:
-    task = said.task
+    # What is put into a name stands in angle brackets, which no engine's own part of it may have.
+    task = said.task.replace("<", "%3C")
     if choice.on_clear == "fresh" and said.generation is not None:
-        task = f"{task} (cleared: {said.generation})"
+        task = f"{task} <cleared {said.generation}>"
     origins = {"task": said.engine, "attempt": said.engine}
     made = _made(said, task=task, key=None, attempt=said.attempt, origins=origins)
-    run = made.run
-    if choice.scope == "lineage" and made.origins["run"] == said.engine:
-        run = said.origin_run or run
+    run = _run_of(said, choice) if made.origins["run"] == said.engine else made.run
     is_settled = choice.scope == "lineage" and said.lineage_settles and said.origin_run is not None
     return replace(made, run=run, _is_ambiguous=said.ambiguous is not None and not is_settled)
 
 
+def _run_of(said: EngineTask, choice: _Choice) -> str:
+    return said.origin_run or said.run if choice.scope == "lineage" else said.run
+
+
 def inside(outer: TaskContext) -> str:
     """What tells a task in one task from the same one in another."""
-    return f" in key {outer.key!r}" if outer.key is not None else f" in {outer.task}"
+    return f" <in key> {outer.key}" if outer.key is not None else f" <in> {outer.task}"
 
 
 def checkpoint(key: str | None = None, **options: Unpack[Options]) -> Checkpoint:
@@ -394,7 +277,8 @@ def _base(base: Target | None, said: EngineTask | None) -> tuple[str, str]:
         return parse(base, what="base").uri, "argument"
     told = given(BASE)
     if told:
-        return parse(told, what=BASE).uri, BASE
+        # A relative one is made absolute once: the code may go elsewhere.
+        return _process.process.bases.setdefault(told, parse(told, what=BASE).uri), BASE
     if said is not None and said.base:
         return parse(said.base, what="the engine's base").uri, said.engine
     with _process.exclusively():
@@ -428,8 +312,7 @@ def _run(run: str | None, said: EngineTask | None) -> tuple[str, str]:
 
 def _keyed(key: str, settings: Settings | None = None, *, per_rank: bool = False) -> TaskContext:
     settings = settings or {}
-    if not isinstance(key, str) or not key.strip():
-        raise UsageError(f"key={key!r} must be a str that is not blank.")
+    expect_key(key)
     if "://" in key:
         raise UsageError(
             f"key={key!r} is a URL, and a key is a name.",
@@ -458,11 +341,28 @@ def _keyed(key: str, settings: Settings | None = None, *, per_rank: bool = False
     return _once(made, settings)
 
 
+def expect_key(key: object) -> None:
+    """A key is a name that a child process, too, takes for one."""
+    if not isinstance(key, str) or not key.strip():
+        raise UsageError(f"key={key!r} must be a str that is not blank.")
+    if is_unset(key):
+        raise UsageError(f"key={key!r} reads like a variable that nobody has set.")
+
+
 def _of_rank(keyed: TaskContext, *, per_rank: bool) -> TaskContext:
     """One task for each rank, if that was asked for: then each saves its own. A process that is alone is rank 0."""
     if not per_rank:
         return keyed
-    key = engines.name_of(keyed.key, f"rank-{keyed.rank or 0}")
+    shards, is_one_of_several = _process.process.unranked, own_environ().get("WORLD_SIZE", "1") != "1"
+    if keyed.rank is None:
+        shards.add(str(keyed.key))
+    too_early = keyed.rank is None and (is_one_of_several or own_environ().get(CLAIMS))
+    if too_early or (keyed.rank and keyed.key in shards):
+        raise AmbiguousIdentityError(
+            f"The checkpoint {keyed.key!r} of each rank's own was asked for before anybody said which rank this is.",
+            hint="Ask for it after init_process_group, or start the processes by torchrun, srun or mpirun.",
+        )
+    key = f"{keyed.key} <rank {keyed.rank or 0}>"
     return replace(keyed, task=key, key=key, rank=None)
 
 
@@ -513,7 +413,7 @@ def _made(
     )
 
 
-def _of_process(said: EngineTask | None, choice: _Choice) -> TaskContext | None:
+def _of_process(said: EngineTask | None, choice: _Choice, *, of_threads: bool) -> TaskContext | None:
     """The task of this whole process: from its environment, or from a system that runs it."""
     if _process.process.runs_parts:
         raise AmbiguousIdentityError(
@@ -521,13 +421,28 @@ def _of_process(said: EngineTask | None, choice: _Choice) -> TaskContext | None:
             hint="Hand the thread its checkpoint.",
         )
     found = _of_environment(said)
+    if of_threads and (found or said) and threading.current_thread() is not threading.main_thread():
+        _expect_no_tasks(found)
     if found is not None or said is None:
         return found
-    made = _made_of(said, choice)
+    made = replace(_made_of(said, choice), _stands_for=environment.whole_program())
     environ = own_environ()
     if environ.get(ATTEMPT):
         made = replace(made, attempt=_number_from(environ, ATTEMPT), origins={**made.origins, "attempt": ATTEMPT})
     return _once(replace(made, keep=_keep_from(environ)))
+
+
+def _expect_no_tasks(found: TaskContext | None) -> None:
+    """A thread that nobody knows, in a process that runs tasks, is part of one of these rather than of what is around.
+
+    What a person named stays the name of the threads that are older than a task of ours.
+    """
+    running = _process.process
+    if running.runs_tasks or (running.running and found is None):
+        raise AmbiguousIdentityError(
+            "Tasks run in this process, and this thread could belong to any of them.",
+            hint="Hand the thread its checkpoint, or start it with contextvars.copy_context().run.",
+        )
 
 
 def _of_environment(said: EngineTask | None) -> TaskContext | None:
@@ -544,19 +459,28 @@ def _of_environment(said: EngineTask | None) -> TaskContext | None:
             f"{KEY}={key!r} and {TASK}={task!r} contradict each other: a task has a key or a name.",
             hint="Unset one of them.",
         )
-    if not (key or task):
+    place = None if key or task else given(PLACE)
+    if not (key or task or place):
         return None
     told_rank = _number_from(environ, RANK) if environ.get(RANK) else None
     attempt_origin = ATTEMPT if environ.get(ATTEMPT) else said.engine if said is not None else "unknown"
     made = _made(
         said,
-        task=key or task or "",
+        task=key or task or str(place).rpartition("/")[2],
         key=key,
         attempt=_number_from(environ, ATTEMPT) if environ.get(ATTEMPT) else said.attempt if said is not None else None,
-        origins={"task": KEY if key else TASK, "attempt": attempt_origin},
+        origins={"task": KEY if key else TASK if task else PLACE, "attempt": attempt_origin},
         keep=_keep_from(environ),
     )
-    return _once(made if made.rank is not None else replace(made, rank=told_rank))
+    made = replace(made, rank=told_rank if made.rank is None else made.rank, _prefix=place)
+    index = environment.index(own_environ())
+    if place is None and _process.handed_nonce(made) is None:  # a person named it, and not a task for its children
+        if said is not None and said.in_environment:  # all items of an array were given this name
+            made = replace(made, _stands_for=said.task.partition("/")[2] or None)
+        if index is not None:
+            name = f"{made.task} <item {index}>"
+            made = replace(made, task=name, key=name if key else None)
+    return _once(made)
 
 
 def _once(context: TaskContext, settings: Settings | None = None) -> TaskContext:

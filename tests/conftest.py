@@ -11,6 +11,7 @@ import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
 
 from taskckpt import _process
+from taskckpt.engines import systems
 from taskckpt.errors import MissingDependencyError
 from tests.servers import S3, START, Address, OwnServers, Servers, SharedServers
 
@@ -138,10 +139,8 @@ def s3_bucket(s3_server: S3Server, new_bucket: Callable[[S3Server], str]) -> str
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     os.umask(0o022)
-    _process.process.claims.clear()
-    _process.process.warned.clear()
-    _process.process.named.clear()
-    _process.process.implicit_base = None  # or it would be the folder of the first test
+    monkeypatch.setattr(_process, "process", _process.Process())
+    systems._ranks.clear()
     memory = sys.modules.get("fsspec.implementations.memory")
     if memory is not None:  # it lists all that was ever saved in this process, which takes longer and longer
         memory.MemoryFileSystem.store.clear()

@@ -274,7 +274,7 @@ def test_a_task_in_a_child_has_a_place_of_its_own(script, how):
     )
     in_child, in_parent = run(how)
     assert in_child == in_parent, "the same task, wherever it runs"
-    assert in_child["task"] == f'inner() @ {run.path} in outer(how="{how}") @ {run.path}'
+    assert in_child["task"] == f'inner() @ {run.path} <in> outer(how="{how}") @ {run.path}'
 
 
 def test_a_fork_server_hands_on_the_task_of_now(script):

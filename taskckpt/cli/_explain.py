@@ -21,9 +21,9 @@ from taskckpt import context, engines
 from taskckpt._log.slots import new_nonce
 from taskckpt._operation import Stop
 from taskckpt._stores import Location, open_store, parse
+from taskckpt._task_context import MADE_UP, TaskContext
 from taskckpt.cli._exits import described
 from taskckpt.cli._output import JSON, plain
-from taskckpt.context import TaskContext
 from taskckpt.engines import EngineTask, Finding
 from taskckpt.engines.environment import acting_for
 from taskckpt.errors import TaskckptError
@@ -34,7 +34,21 @@ VALUES = ("run", "task", "attempt", "rank", "world_size", "base", "origin_run", 
 VARIABLES = [
     f"TASKCKPT_{end}"
     for end in (
-        *("BASE", "RUN", "TASK", "ATTEMPT", "KEY", "KEEP", "CLAIMS", "AMBIGUOUS", "ENGINE", "INDEX", "SCOPE", "RANK"),
+        *(
+            "BASE",
+            "RUN",
+            "TASK",
+            "ATTEMPT",
+            "KEY",
+            "KEEP",
+            "CLAIMS",
+            "AMBIGUOUS",
+            "ENGINE",
+            "INDEX",
+            "SCOPE",
+            "RANK",
+            "PLACE",
+        ),
         *("ON_CLEAR", "JOB_UID", "TMP", "TRANSFER"),
     )
 ]
@@ -188,7 +202,7 @@ def _judge_base(found: Explanation, base: Base) -> None:
     if "KUBERNETES_SERVICE_HOST" in os.environ:
         several.append("a pod of Kubernetes")
     host = platform.node()
-    if base.origin == context.MADE_UP:
+    if base.origin == MADE_UP:
         what = f"Nobody named a base: state goes to {base.uri}, below where this was started, on host {host} only."
         found.problems.append(Problem("base-made-up", what, shared))
         return
@@ -380,7 +394,7 @@ def _rows(values: Mapping[str, JSON], sources: Mapping[str, str]) -> list[str]:
     lines = []
     for name, value in shown.items():
         origin = sources.get(name) if value != "-" else None
-        source = "" if not origin else "  (nobody said)" if origin == context.MADE_UP else f"  from {origin}"
+        source = "" if not origin else "  (nobody said)" if origin == MADE_UP else f"  from {origin}"
         lines.append(f"  {name:<{first}}  {value:<{second}}{source}".rstrip())
     return lines
 

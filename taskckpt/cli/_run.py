@@ -19,13 +19,13 @@ import click
 from taskckpt._log.catalogue import beginning
 from taskckpt._log.history import LogReader
 from taskckpt._stores import open_store
+from taskckpt._task_context import TaskContext
 from taskckpt._testing import switches
 from taskckpt.cli._exits import CANNOT_RUN, NO_SUCH_COMMAND, OF_SIGNAL, described
 from taskckpt.cli._options import seconds_from_0, whole_number
 from taskckpt.cli._output import plain
 from taskckpt.cli._targets import Pointer
 from taskckpt.cli._who import task_of
-from taskckpt.context import TaskContext
 from taskckpt.errors import StaleAttemptError, TaskckptError, UsageError
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from taskckpt import context, engines
 from taskckpt._keep import KeepPolicy, LatestN, parse_policy
 from taskckpt._process import KEEP, KEY, TASK
 from taskckpt._stores import is_unset
+from taskckpt._task_context import TaskContext
 from taskckpt.cli._output import plain
 from taskckpt.cli._targets import Pointer, parsed
-from taskckpt.context import TaskContext
-from taskckpt.engines.environment import INDEX, acting_for
+from taskckpt.engines.environment import INDEX, acting_for, lasting
 from taskckpt.errors import AmbiguousIdentityError, NoTaskContextError, UsageError
 
 
@@ -42,6 +42,7 @@ def task_of(pointer: Pointer, keep: str | None, *, command: Sequence[str] = ()) 
         base, origin = context.base_and_origin()
         context.expect_lasting(key, origin, engines.detect())
     named = TaskContext(context.run_and_origin(run)[0], key or task or "", None, base, key=key, keep=_policy(keep))
+    named = replace(named, rank=engines.look().rank)
     return _in_attempt(named)
 
 
@@ -63,7 +64,8 @@ def _known(command: Sequence[str]) -> TaskContext:
 
 def _name_of(command: Sequence[str]) -> str:
     """Another command is another task. Its words may be secret, and as long as they like."""
-    digest = hashlib.sha256("\0".join(command).encode(errors="surrogateescape")).hexdigest()[:12]
+    words = "\0".join([lasting(os.getcwd()), *command])
+    digest = hashlib.sha256(words.encode(errors="surrogateescape")).hexdigest()[:12]
     return f"{os.path.basename(command[0]) or 'command'}-{digest}"
 
 

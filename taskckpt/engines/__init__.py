@@ -29,10 +29,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from taskckpt.engines._task import PROCESS, EngineTask, ending, name_of
-from taskckpt.errors import UsageError
+from taskckpt.errors import TaskckptError, UsageError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 __all__ = [
     "ENGINE",
@@ -80,6 +83,8 @@ _registered: dict[str, Resolver] = {}
 
 def register(name: str, resolver: Resolver) -> None:
     """Adds an engine; those registered later are asked first (they are the inner ones)."""
+    if not isinstance(name, str) or not name.strip() or name == NONE:
+        raise UsageError(f"{name!r} cannot be the name of an engine.")
     if not callable(resolver):
         raise UsageError(f"The resolver of engine {name!r} is not callable.")
     _registered.pop(name, None)
@@ -147,6 +152,11 @@ class Finding:
     error: Exception | None = None
 
 
+def has_system() -> bool:
+    """Whether a batch system or the like says that it runs this process."""
+    return any(one.layer == "system" and one.ask() is not None for one in _ours())
+
+
 def survey() -> list[Finding]:
     """What each engine says, by itself: for people who wonder why a task does not resume."""
     found = []
@@ -173,7 +183,8 @@ class _Engine:
 
 
 def _all() -> Iterator[_Engine]:
-    yield from (_other(name, resolver) for name, resolver in reversed(_registered.items()))
+    # A copy: a resolver may register others, and so may another thread.
+    yield from (_other(name, resolver) for name, resolver in reversed(list(_registered.items())))
     yield from _ours()
 
 
@@ -200,16 +211,38 @@ def _published() -> Iterator[_Engine]:
     from importlib.metadata import entry_points
 
     for point in entry_points(group=GROUP):
-        yield _other(point.name, point.load())
+        yield _other(point.name, functools.partial(_published_by, point))
 
 
 def _entry_points_files() -> Iterator[bytes]:
-    for folder in dict.fromkeys(sys.path):
+    for folder in dict.fromkeys(path or "." for path in sys.path):
+        if os.path.isfile(folder):
+            yield GROUP.encode()  # an archive, which only importlib.metadata can look into
+            continue
         with suppress(OSError):  # an entry of sys.path need not be there
-            for entry in os.scandir(folder or "."):
-                if entry.name.endswith((".dist-info", ".egg-info")):
-                    with suppress(OSError), open(f"{entry.path}/entry_points.txt", "rb") as file:
+            for name in os.listdir(folder):
+                if name.endswith((".dist-info", ".egg-info")):
+                    with suppress(OSError), open(f"{folder}/{name}/entry_points.txt", "rb") as file:
                         yield file.read()
+
+
+def _published_by(point: EntryPoint) -> EngineTask | None:
+    try:
+        resolver = _loaded(point)
+    except Exception as error:
+        package = point.dist.name if point.dist is not None else "?"
+        raise UsageError(
+            f"The engine {point.name!r} of the package {package} cannot be loaded: {type(error).__name__}: {error}.",
+            hint=f"Repair or remove the package; {ENGINE}={NONE} goes without any engine.",
+        ) from error
+    found: EngineTask | None = resolver()
+    return found
+
+
+@functools.cache
+def _loaded(point: EntryPoint) -> Resolver:
+    resolver: Resolver = point.load()
+    return resolver
 
 
 def _ask(name: str, module: str) -> EngineTask | None:
@@ -222,7 +255,15 @@ def _ask(name: str, module: str) -> EngineTask | None:
 
 
 def _checked(name: str, resolver: Resolver) -> EngineTask | None:
-    found = resolver()
+    try:
+        found = resolver()
+    except TaskckptError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"The engine {name!r} failed when it was asked which task this is: {type(error).__name__}: {error}.",
+            hint=f"Repair it; {ENGINE}={NONE} goes without any engine.",
+        ) from error
     if found is not None and not isinstance(found, EngineTask):
         raise UsageError(f"The engine {name!r} gave a {type(found).__name__}; it must give an EngineTask, or None.")
     return found

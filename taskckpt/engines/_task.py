@@ -102,7 +102,8 @@ def name_of(*parts: object) -> str:
     return "/".join(str(part).replace("%", "%25").replace("/", "%2F") for part in parts)
 
 
-_endings: dict[tuple[type[Exception], str], type[StaleAttemptError]] = {}
+# More of one base are not remembered: they would be another one each time.
+MOST_ENDINGS = 8
 
 
 def ending(base: type[Exception], **attributes: Any) -> type[StaleAttemptError]:
@@ -111,10 +112,14 @@ def ending(base: type[Exception], **attributes: Any) -> type[StaleAttemptError]:
     Args:
         base: The engine's exception. Its ``__init__`` is not called.
         attributes: What the engine reads from such an exception.
+
+    Raises:
+        UsageError: The two cannot be combined.
     """
-    known = _endings.get((base, repr(attributes)))
+    made_before = _endings.setdefault(base, [])
+    known = next((one for one in made_before if one.made_of[1] == attributes), None)
     if known is not None:
-        return known
+        return known  # type: ignore[return-value] # it is one
 
     def reduce(self: StaleAttemptError) -> tuple[Any, ...]:
         return _again, (base, attributes, self.message, self.uri, self.hint)
@@ -130,9 +135,14 @@ def ending(base: type[Exception], **attributes: Any) -> type[StaleAttemptError]:
         "__reduce__": reduce,
         "__module__": StaleAttemptError.__module__,
     }
-    made: Any = _Ending("StaleAttemptError", (StaleAttemptError, base), namespace)
+    try:
+        made: Any = _Ending("StaleAttemptError", (StaleAttemptError, base), namespace)
+        made("tried")
+    except Exception as error:
+        raise UsageError(f"{base.__name__} cannot be combined with StaleAttemptError: {error}.") from error
     made.made_of = base, attributes
-    _endings[base, repr(attributes)] = made
+    if len(made_before) < MOST_ENDINGS:
+        made_before.append(made)
     return made  # type: ignore[no-any-return]
 
 
@@ -140,6 +150,9 @@ class _Ending(type):
     """The type of such errors. Celery pickles an error's type by itself, too, and finds it by no name."""
 
     made_of: tuple[type[Exception], Mapping[str, Any]]
+
+
+_endings: dict[type[Exception], list[_Ending]] = {}
 
 
 copyreg.pickle(_Ending, lambda made: (_ending_again, made.made_of))  # type: ignore[arg-type, return-value]

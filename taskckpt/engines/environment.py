@@ -14,6 +14,7 @@ of SageMaker, and whether a person sits at a terminal. The table itself is in ``
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import sys
@@ -118,22 +119,22 @@ def _told(system: System, values: Values, here: str | None) -> EngineTask:
     run, run_from, run_known = _parts(system, values, system.run)
     spans_items = system.gang and values.get("TORCHELASTIC_RUN_ID") and values.get("GROUP_WORLD_SIZE", "1") != "1"
     items, items_from, items_known = ((), (), True) if spans_items else _parts(system, values, system.items)
-    index = _index(values)
+    name = index(values)
     rank, world_size, ranks_from = _rank(system, values)
     base = _base(system, values)
     unknown = []
     if not values.get(RUN, "").strip() and (system.same_run or not run_known or not run):
         unknown.append(system.same_run or f"{system.title} does not say here which run this is")
-    if not index and (system.same_item or not items_known):
+    if not name and (system.same_item or not items_known):
         unknown.append(system.same_item or f"{system.title} does not say here which of its tasks this is")
     hint = (system.hint or "Name the task by TASKCKPT_TASK or key=.") if unknown else None
-    if not index and here is None:
+    if not name and here is None:
         unknown.append("this program has no name (python -c, standard input or a notebook)")
         hint = hint or f"Set {INDEX} to a name for it; or name the task by TASKCKPT_TASK or key=."
     return EngineTask(
         engine=system.name,
         run=name_of(system.name, *run),
-        task=name_of(*_without_end((here or "", *items, index or ""))) or "-",
+        task=name_of(*_without_end((here or "", *items, name or ""))) or "-",
         attempt=_attempt(system, values),
         base=base,
         rank=rank,
@@ -145,7 +146,7 @@ def _told(system: System, values: Values, here: str | None) -> EngineTask:
         in_all_threads=True,
         sources=_sources(
             run=(*run_from,) or (system.title,),
-            task=("main program", *items_from, *((INDEX,) if index else ())),
+            task=("main program", *items_from, *((INDEX,) if name else ())),
             attempt=(system.attempt,) if system.attempt else (),
             rank=ranks_from[:1],
             world_size=ranks_from[1:],
@@ -208,7 +209,8 @@ def _at_a_terminal() -> bool:
         return False
 
 
-def _index(values: Values) -> str | None:
+def index(values: Values) -> str | None:
+    """Which item this is, if that was said."""
     text = values.get(INDEX, "")
     if text.strip().startswith("{{"):
         raise UsageError(f"{INDEX}={text!r} is a template that nobody replaced.")
@@ -227,7 +229,7 @@ def _rank(system: System, values: Values) -> tuple[int | None, int | None, tuple
             number, of = _count(names[0], rank), _count(names[1], size)
             if number >= max(of, 1):
                 raise UsageError(f"{names[0]}={rank!r} is no rank of {names[1]}={size!r} processes.")
-            return (number, of, names) if of > 1 else (None, None, ())
+            return number, of, names
     return None, None, ()
 
 
@@ -254,6 +256,22 @@ def acting_for(command: str) -> Generator[None]:
 
 
 _acting_for: ContextVar[str | None] = ContextVar("taskckpt_program", default=None)
+
+
+def lasting(path: str) -> str:
+    """A path without the folder that is another one on each attempt."""
+    path = os.path.realpath(path)
+    for folder in filter(None, map(os.environ.get, ("_CONDOR_SCRATCH_DIR", "TMPDIR", "AZ_BATCH_NODE_ROOT_DIR"))):
+        path = path.removeprefix(os.path.realpath(folder))
+    return path
+
+
+def whole_program() -> str:
+    """What is run, and with which arguments: for two that have one name in one job."""
+    main = sys.modules.get("__mp_main__") or sys.modules.get("__main__")
+    path = lasting(getattr(main, "__file__", None) or "")
+    arguments = hashlib.sha256("\0".join(sys.argv[1:]).encode(errors="surrogatepass")).hexdigest()[:16]
+    return f"{path} {arguments}"
 
 
 def program() -> str | None:

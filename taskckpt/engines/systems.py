@@ -7,6 +7,7 @@ they tell; the rest is known from public code that uses them. Recorded ones stan
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -67,13 +68,18 @@ def _by_indexed_host(values: Values) -> Values:
     return {**values, "HOSTNAME.job": job} if dash and index == values["JOB_COMPLETION_INDEX"] else values
 
 
+_ranks: dict[int, dict[str, str]] = {}  # of this process, which may be a fork of one that had others
+
+
 def _by_torch(values: Values) -> Values | None:
     distributed: Any = sys.modules.get("torch.distributed")
-    if not getattr(distributed, "is_available", bool)() or not getattr(distributed, "is_initialized", bool)():
-        return None
-    if distributed.get_world_size() < 2:
-        return None
-    return {**values, "get_rank()": str(distributed.get_rank()), "get_world_size()": str(distributed.get_world_size())}
+    if getattr(distributed, "is_available", bool)() and getattr(distributed, "is_initialized", bool)():
+        ranks = {"get_rank()": str(distributed.get_rank()), "get_world_size()": str(distributed.get_world_size())}
+        _ranks.clear()
+        _ranks[os.getpid()] = ranks
+    # A rank stays one when the group has ended, and may save no more than before.
+    known = _ranks.get(os.getpid())
+    return None if known is None else {**values, **known}
 
 
 def _unless_alone(values: Values) -> Values | None:

@@ -78,7 +78,7 @@ EXPECTED: dict[str, list[Said]] = {
     "slurm-salloc": [],
     "slurm-salloc-step": [],
     "slurm-srun-pty": [],
-    "slurm-batch-from-pty": [Said("slurm", "slurm/hpc/4714", attempt=0)],
+    "slurm-batch-from-pty": [Said("slurm", "slurm/hpc/4714", attempt=0, rank=(0, 1))],
     "sge-job": [Said("sge", "sge/default/login1/815")],
     "sge-array": [Said("sge", "sge/default/login1/816", "train.py/5")],
     "sge-leaked-job-id": [],
@@ -108,7 +108,9 @@ EXPECTED: dict[str, list[Said]] = {
     "vertex-custom-job": [
         Said("vertex", "vertex/123456/7251234567890", rank=(2, 3), base=f"{AIP}/checkpoints/")
     ],
-    "vertex-trial": [Said("vertex", "vertex/123456/7251234567891", "train.py/3", base=f"{AIP}/3/checkpoints/")],
+    "vertex-trial": [
+        Said("vertex", "vertex/123456/7251234567891", "train.py/3", rank=(0, 1), base=f"{AIP}/3/checkpoints/")
+    ],
     "vertex-workbench": [],
     "skypilot-managed-job": [
         Said("skypilot", "skypilot/sky-managed-2026-11-21-10-00-00-000000_train_12-0", rank=(1, 2))

@@ -28,7 +28,8 @@ from taskckpt.errors import (
 
 HERE = str(Path(__file__))
 HANDED_DOWN = {
-    f"TASKCKPT_{name}" for name in ("BASE", "RUN", "TASK", "ATTEMPT", "KEY", "KEEP", "RANK", "CLAIMS", "AMBIGUOUS")
+    f"TASKCKPT_{name}"
+    for name in ("BASE", "RUN", "TASK", "ATTEMPT", "KEY", "KEEP", "RANK", "CLAIMS", "PLACE", "AMBIGUOUS")
 }
 
 
@@ -233,7 +234,7 @@ def test_task_comes_before_variables(base, monkeypatch):
     current = work(1)
     assert current.run == "r"
     assert current.task.startswith("test_task_comes_before_variables.<locals>.work(x=1) @ ")
-    assert current.task.endswith(" in outer"), "two tasks in one process never share a place with the outer one"
+    assert current.task.endswith(" <in> outer"), "two tasks in one process never share a place with the outer one"
     assert current.attempt == 0
     assert current.origins["task"] == "@task"
     assert current.checkpoint.remote_destination != checkpoint().remote_destination
@@ -362,7 +363,7 @@ def test_an_engine_that_fails_is_not_passed_over(base):
 
     engines.register("broken", broken)
     try:
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(UsageError, match=r"engine 'broken' failed .* ZeroDivisionError"):
             ctx()
     finally:
         engines.unregister("broken")

@@ -38,6 +38,7 @@ LAYERS = [
         "latest",
         "_view",
         "context",
+        "_task_context",
         "_process",
         "_checkpoint",
         "_iterate",
