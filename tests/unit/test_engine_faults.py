@@ -79,6 +79,10 @@ def worker() -> Iterator[Worker]:
     engines.unregister("queue")
 
 
+def here() -> TaskContext | None:
+    return ctx()
+
+
 def in_thread(function: Callable[[], Any]) -> Any:
     answers: queue.Queue[Any] = queue.Queue()
 
@@ -588,3 +592,78 @@ def test_looking_for_plugins_closes_what_it_opened(tmp_path: Path, monkeypatch: 
     any(engines.GROUP.encode() in text for text in engines._entry_points_files())
     gc.collect()
     assert not left
+
+
+SAVES = """
+import sys, taskckpt
+try:
+    mine = taskckpt.checkpoint()
+    print(mine.load_bytes_sync())
+    mine.save_sync(" ".join(sys.argv[1:]).encode())
+except taskckpt.TaskckptError as error:
+    print(error.code)
+"""
+
+
+def run_in_job(script: Path, *arguments: str, **environ: str) -> str:
+    return subprocess.run(
+        [sys.executable, script, *arguments],
+        env={**os.environ, **SLURM, **environ}, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL,
+    ).stdout.strip()  # fmt: skip
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    (tmp_path / "train.py").write_text(SAVES)
+    return tmp_path / "train.py"
+
+
+def test_one_program_that_a_job_starts_twice_is_told_apart_or_refused(script: Path) -> None:
+    # Once: `train.py --lr 1; train.py --lr 2` in one job: the second loaded what the first had saved.
+    assert run_in_job(script, "a") == "None"
+    assert run_in_job(script, "a") == "b'a'", "a requeued job goes on"
+    assert run_in_job(script, "b") == "ambiguous-identity"
+    assert run_in_job(script, "b", TASKCKPT_INDEX="b") == "None"
+    assert run_in_job(script, "b", TASKCKPT_INDEX="b") == "b'b'"
+
+
+@pytest.mark.parametrize("variable", ["TASKCKPT_TASK", "TASKCKPT_KEY"])
+def test_the_index_counts_beside_a_name(script: Path, variable: str) -> None:
+    # Once: ignored without a word, so that both items shared the name's place.
+    for item in ("1", "2"):
+        assert run_in_job(script, item, **{variable: "train", "TASKCKPT_INDEX": item}) == "None"
+    assert run_in_job(script, "2", **{variable: "train", "TASKCKPT_INDEX": "2"}) == "b'2'"
+
+
+def test_items_of_an_array_that_were_given_one_name(script: Path) -> None:
+    # Once: item 2 loaded the state of item 1.
+    named = {"TASKCKPT_TASK": "train", "SLURM_ARRAY_JOB_ID": "70"}
+    assert run_in_job(script, "1", SLURM_ARRAY_TASK_ID="1", **named) == "None"
+    assert run_in_job(script, "1", SLURM_ARRAY_TASK_ID="1", **named) == "b'1'"
+    assert run_in_job(script, "2", SLURM_ARRAY_TASK_ID="2", **named) == "ambiguous-identity"
+
+
+def test_a_relative_base_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Once: after os.chdir the state was looked for elsewhere.
+    monkeypatch.chdir(tmp_path)
+    os.environ["TASKCKPT_BASE"] = "relative"
+    checkpoint("a").save_sync(b"1")
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    assert checkpoint("a").load_bytes_sync() == b"1"
+
+
+def test_one_process_that_a_launcher_started_is_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Once: its rank was None, so that `if ctx().rank == 0: save` never saved.
+    for name, value in {"TORCHELASTIC_RUN_ID": "r", "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    found = task(key="k", retries=0)(here)()
+    assert found is not None
+    assert (found.rank, found.world_size) == (0, 1)
+    checkpoint("other").save_sync(b"1")
+
+
+@pytest.mark.parametrize("name", ["", " ", "none"])
+def test_names_that_no_engine_can_have(name: str) -> None:
+    with pytest.raises(UsageError, match="cannot be the name of an engine"):
+        engines.register(name, lambda: None)
