@@ -153,8 +153,9 @@ class Finding:
 
 
 def has_system() -> bool:
-    """Whether a batch system or the like says that it runs this process."""
-    return any(one.layer == "system" and one.ask() is not None for one in _ours())
+    """Whether a batch system or the like says which task this process is."""
+    said = [one.ask() for one in _ours() if one.layer == "system"]
+    return any(one is not None and one.ambiguous is None for one in said)
 
 
 def survey() -> list[Finding]:
