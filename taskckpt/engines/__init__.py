@@ -153,9 +153,12 @@ class Finding:
 
 
 def has_system() -> bool:
-    """Whether a batch system or the like says which task this process is."""
+    """Whether a batch system or the like says which task this process is, or a program that this one starts."""
+    from taskckpt.engines import environment
+
     said = [one.ask() for one in _ours() if one.layer == "system"]
-    return any(one is not None and one.ambiguous is None for one in said)
+    has_name = environment.program() is not None  # else that alone makes it ambiguous, and a child may have one
+    return any(one is not None and (one.ambiguous is None or not has_name) for one in said)
 
 
 def survey() -> list[Finding]:
