@@ -57,7 +57,7 @@ def test_tasks_and_actors(quiet, engine_of, tmp_path):
     assert "names 4" in output
     assert values(journal, "exception", "run")[0].startswith("ray/session_")
     assert "kept b'driver 9'" in output, "workers inherit the driver's environment, and are no part of its task"
-    assert all(" in driver() @ " in task for task in values(journal, "inside", "task"))
+    assert all(" <in> driver() @ " in task for task in values(journal, "inside", "task"))
 
     assert "thread sees nothing of" in output
     assert len(set(values(journal, "child", "task"))) == 2, "what a retry submits is new to Ray"

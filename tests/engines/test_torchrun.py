@@ -58,7 +58,7 @@ def test_ranks_that_die_go_on_and_a_second_launch_starts_afresh(torchrun: Engine
 
 def test_in_a_slurm_job_the_job_is_the_task(torchrun: Engine) -> None:
     """torchrun makes an id for each launch: a requeued job goes on all the same."""
-    first = run(torchrun, *TORCHRUN, RANKS, "1:3:raise", code=1, env=SLURM)
+    first = run(torchrun, *TORCHRUN, RANKS, code=1, env=SLURM | {"DEATHS": "1:3:raise"})
     second = run(torchrun, *TORCHRUN, RANKS, env=SLURM | {"SLURM_RESTART_COUNT": "1"})
     assert starts(first) == both((0, 0))
     assert starts(second) == both((1, 3))
