@@ -152,11 +152,18 @@ def of_execution(identity: tuple[object, ...], execution: object, made: TaskCont
 
     Where the engine lets go of ``execution`` once the task has ended, its threads and children are told meanwhile.
     """
+    if not tells_its_end(execution):
+        return _remembered((*identity, execution), made)
+    return _remembered((*identity, id(execution)), made, execution, alone=alone)
+
+
+def tells_its_end(execution: object) -> bool:
+    """Whether it can be referred to weakly, so that one hears when the engine has let go of it."""
     try:
         weakref.ref(execution)
     except TypeError:
-        return _remembered((*identity, execution), made)
-    return _remembered((*identity, id(execution)), made, execution, alone=alone)
+        return False
+    return True
 
 
 def _remembered(

@@ -361,8 +361,6 @@ def _key_of(spec: _Spec, args: Any, kwargs: Any) -> str | None:
     if spec.key is None:
         return None
     key = spec.key if isinstance(spec.key, str) else spec.key(*args, **kwargs)
-    if not isinstance(key, str) or not key.strip():
-        raise UsageError(f"key= gave {key!r}; it must be a str that is not blank.")
     context.expect_key(key)
     return key
 

@@ -11,7 +11,6 @@ import logging
 import os
 import platform
 import threading
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, get_args
@@ -165,7 +164,7 @@ def _of_engine(said: EngineTask, current: TaskContext | None, choice: _Choice) -
     made, outer = _made_of(said, choice), _outside(current, said) or _of_environment(said)
     if said.execution is not PROCESS:
         _process.process.runs_tasks = True
-        if not _tells_its_end(said.execution) and engines.has_system():
+        if not _process.tells_its_end(said.execution) and engines.has_system():
             _process.runs_parts()  # a child, too, would take itself for the job around
     if outer is not None and outer._is_override:  # noqa: SLF001
         _expect_one_task(outer, said)
@@ -184,14 +183,6 @@ def _of_engine(said: EngineTask, current: TaskContext | None, choice: _Choice) -
     identity = (_which(made), None if outer is None else outer._nonce)  # noqa: SLF001
     made = replace(made, _handed_nonce=_process.handed_nonce(made))
     return _process.of_execution(identity, said.execution, made, alone=said.alone or said.execution is PROCESS)
-
-
-def _tells_its_end(execution: object) -> bool:
-    try:
-        weakref.ref(execution)
-    except TypeError:
-        return False
-    return execution is not None
 
 
 def _expect_one_task(named: TaskContext, said: EngineTask) -> None:
@@ -329,16 +320,14 @@ def _keyed(key: str, settings: Settings | None = None, *, per_rank: bool = False
     expect_lasting(key, current.origins.get("base"), current.engine)
     # Inside a task, where its children would look too: its environment tells them the same base.
     origins = {**current.origins, "task": "key=", "attempt": "unknown"}
-    keyed = _of_rank(
-        replace(current, task=key, attempt=None, key=key, origins=origins, parent=None, _handed_nonce=None),
-        per_rank=per_rank,
-    )
+    named = replace(current, task=key, attempt=None, key=key, origins=origins, parent=None, _handed_nonce=None)
+    # The key has a place of its own, and whoever uses it means the same task.
+    keyed = _of_rank(replace(named, _prefix=None, _stands_for=None, _is_ambiguous=False), per_rank=per_rank)
     # Used outside of any task before, it is this process's attempt; else each attempt of the task makes one.
     outside = _process.process.contexts.get(_which(keyed))
     if outside is not None:
         return _expect_same(outside, settings)
-    made = replace(keyed, **settings, _within=current._nonce, _is_ambiguous=False)  # noqa: SLF001
-    return _once(made, settings)
+    return _once(replace(keyed, **settings, _within=current._nonce), settings)  # noqa: SLF001
 
 
 def expect_key(key: object) -> None:

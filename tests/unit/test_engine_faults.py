@@ -667,3 +667,23 @@ def test_one_process_that_a_launcher_started_is_rank_0(monkeypatch: pytest.Monke
 def test_names_that_no_engine_can_have(name: str) -> None:
     with pytest.raises(UsageError, match="cannot be the name of an engine"):
         engines.register(name, lambda: None)
+
+
+def test_a_key_is_no_part_of_what_was_handed_down_by_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Once: below a task whose name no environment can hold, a key had that task's place.
+    environ = TaskContext("R", "a\0b", 0, os.environ["TASKCKPT_BASE"]).environ()
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    found = ctx()
+    assert found is not None
+    assert checkpoint("k").remote_destination.endswith("/by-key/k") != found.place.uri.endswith("/by-key/k")
+
+
+KEYED = SAVES.replace("taskckpt.checkpoint()", "taskckpt.checkpoint('model')")
+
+
+def test_a_key_says_that_two_programs_are_one(tmp_path: Path) -> None:
+    # Once: in a batch job a key was compared with the program that had saved, too.
+    for name, expected in (("train.py", "None"), ("evaluate.py", "b'1'")):
+        (tmp_path / name).write_text(KEYED)
+        assert run_in_job(tmp_path / name, "1") == expected
